@@ -1,0 +1,49 @@
+"""Small faces, and no trace on the machine: whatever is cached lies in a temporary folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is said, not guessed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # for what the tests start as a process, too
+    jax.config.update("jax_compilation_cache_dir", str(folder / "vaejax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., np.ndarray]:
+    """draw(n, size) -> uint8 `[n size size 3]`: discs with two eyes, here and there, coloured."""
+
+    def discs(n: int, size: int, *, seed: int = 0) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        y, x = np.mgrid[:size, :size] / size
+        images = np.empty((n, size, size, 3), np.uint8)
+        for image in images:
+            top, left = random.uniform(0.4, 0.6, 2)
+            background, skin, eyes = random.integers(0, 256, (3, 3))
+            image[:] = background
+            image[(y - top) ** 2 + (x - left) ** 2 < 0.1] = skin
+            for side in (-0.12, 0.12):
+                image[(y - top + 0.05) ** 2 + (x - left - side) ** 2 < 0.005] = eyes
+        return images
+
+    return discs
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., np.ndarray]) -> Path:
+    """A folder of 60 PNGs of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("faces")
+    for i, image in enumerate(draw(60, 16)):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    return folder
