@@ -1,0 +1,100 @@
+"""Layers with Keras' conventions: its initialisers, its "same" padding, its batch norm."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from vaejax.models.convolution import convolve, convolve_transposed
+
+Norm = Literal["batch", "frozen"]
+Activation = Callable[[jax.Array], jax.Array]
+
+KERNEL_SIZE = 5
+glorot = nn.initializers.glorot_uniform()
+
+
+class Convolution(nn.Module):
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
+        shape = (KERNEL_SIZE, KERNEL_SIZE, x.shape[-1], self.features)
+        kernel = self.param("kernel", glorot, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, -1)
+
+    def __str__(self) -> str:
+        return f"Conv {self.features}, stride {self.stride}"
+
+
+class TransposedConvolution(nn.Module):
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
+        # outputs before inputs, as in Keras: it is the kernel of the convolution it transposes
+        shape = (KERNEL_SIZE, KERNEL_SIZE, self.features, x.shape[-1])
+        kernel = self.param("kernel", glorot, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return convolve_transposed(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, -1)
+
+    def __str__(self) -> str:
+        return f"ConvT {self.features}, stride {self.stride}"
+
+
+class Dense(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+        kernel = self.param("kernel", glorot, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return x @ kernel + bias.reshape(1, -1)
+
+    def __str__(self) -> str:
+        return f"Dense {self.features}"
+
+
+class Block(nn.Module):
+    """A layer, its activation, its norm, in the recipe's order: the norm comes last.
+
+    "batch" is real batch norm. "frozen" is what the report's notebook trained without knowing it:
+    its model was called without `training=True`, so that mean 0 and variance 1 stay as they were
+    initialised and the norm is a learnable scale and shift.
+    """
+
+    layer: Callable[..., nn.Module]  # builds it, so that its parameters lie within the block's
+    activation: Activation
+    norm: Norm | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
+        x = self.activation(self.layer(name="layer")(x))
+        if self.norm is None:
+            return x
+        moving = self.norm == "frozen" or not train
+        return nn.BatchNorm(moving, momentum=0.99, epsilon=1e-3, name="norm")(x)
+
+    def __str__(self) -> str:
+        return str(self.layer(parent=None)) + (" + BN" if self.norm else "")
+
+
+def leaky_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return nn.leaky_relu(x, 0.02)
+
+
+def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return nn.selu(x)
+
+
+def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return nn.sigmoid(x)
+
+
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x
