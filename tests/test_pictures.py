@@ -1,0 +1,97 @@
+"""Pictures show what they are given, and are there whole or not at all."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaejax import pictures
+
+
+def colours(n: int, size: int = 4) -> np.ndarray:
+    return np.stack([np.full((size, size, 3), 10 * i, np.uint8) for i in range(n)])
+
+
+def test_a_grid_has_its_images_in_reading_order():
+    sheet = pictures.grid(colours(5), columns=3, gap=1)
+    assert sheet.shape == (2 * 5 + 1, 3 * 5 + 1, 3)
+    found = [sheet[1 + 5 * (i // 3), 1 + 5 * (i % 3), 0] for i in range(6)]
+    assert found == [0, 10, 20, 30, 40, 255]
+
+
+def test_strips_have_image_i_of_every_row_in_column_i():
+    sheet = pictures.strips([colours(3), colours(3) + 5])
+    assert list(sheet[2, 2::6, 0][:3]) == [0, 10, 20]
+    assert list(sheet[8, 2::6, 0][:3]) == [5, 15, 25]
+
+
+def test_a_saved_picture_comes_back_bit_for_bit(tmp_path: Path):
+    picture = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
+    pictures.save(tmp_path / "new" / "a.png", picture)
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        assert np.array_equal(np.asarray(image), picture)
+
+
+def test_what_fails_in_between_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    with pytest.raises(TypeError, match="type"):
+        pictures.save(path, np.zeros((2, 2, 7), np.uint8))  # seven channels are no picture
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def make_film(folder: Path, n: int, **settings: int) -> tuple[Path, Path]:
+    for i in range(n):
+        pictures.save(
+            folder / f"{i:03}.png", np.full((32, 48, 3), 255 * i // max(1, n - 1), np.uint8)
+        )
+    mp4, gif = folder / "film.mp4", folder / "film.gif"
+    pictures.film(sorted(folder.glob("*.png")), mp4=mp4, gif=gif, **settings)
+    return mp4, gif
+
+
+def test_a_film_shows_every_picture_from_first_to_last(tmp_path: Path):
+    mp4, gif = make_film(tmp_path, 6)
+    with Image.open(gif) as image:
+        assert image.n_frames == 6
+        greys = []
+        for i in range(6):
+            image.seek(i)
+            greys.append(np.asarray(image.convert("RGB")).mean())
+    np.testing.assert_allclose(greys, [0, 51, 102, 153, 204, 255], atol=3)
+    video, frames = cv2.VideoCapture(str(mp4)), []
+    while (frame := video.read())[0]:
+        frames.append(frame[1].mean())
+    assert len(frames) >= 6
+    np.testing.assert_allclose([frames[0], frames[-1]], [0, 255], atol=6)
+    assert frames == sorted(frames)
+
+
+def test_a_long_film_keeps_its_first_and_last_picture(tmp_path: Path):
+    _, gif = make_film(tmp_path, 20, most=5)
+    with Image.open(gif) as image:
+        assert image.n_frames == 5
+        assert np.asarray(image.convert("RGB")).mean() < 3
+        image.seek(4)
+        assert np.asarray(image.convert("RGB")).mean() > 252
+
+
+def test_a_film_of_one_picture_is_a_film(tmp_path: Path):
+    mp4, gif = make_film(tmp_path, 1)
+    assert mp4.stat().st_size > 0
+    assert gif.stat().st_size > 0
+
+
+def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    figures = '"loss": 0.1, "mse": 0.1, "kl": 0.01, "bits_per_dim": 5.0'
+    lines = [f'{{"step": {i}, "split": "train", {figures}}}' for i in range(5)]
+    lines.append(f'{{"step": 5, "split": "validation", {figures}}}')
+    metrics.write_text("\n".join(lines) + "\n")
+    pictures.curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (1200, 720)
+        assert len(np.unique(np.asarray(image).reshape(-1, 4), axis=0)) > 20
