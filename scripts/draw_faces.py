@@ -1,7 +1,7 @@
 """Draw the faces that ship with vaejax: `vaejax/data/drawn_faces.zip` and `drawn_faces.csv`.
 
     pip install dicebear-core==10.7.0 dicebear-styles==10.6.0 resvg_py==0.5.0 pillow==13.0.0
-    python scripts/draw_faces.py            # a few minutes; the same bytes every time
+    python scripts/draw_faces.py            # about ten minutes; the same bytes every time
 
 The art is ToonHead by Johan Melin (CC BY 4.0). What is changed, so that a face can be made out
 at 64 pixels and learned in minutes: cut to the head, eyes and mouth larger, colours of our own,
@@ -62,7 +62,7 @@ def draw_attributes(chance: random.Random) -> dict[str, str]:
     def one(weights: dict[str, int]) -> str:
         return chance.choices(list(weights), weights=list(weights.values()))[0]
 
-    return {
+    face = {
         "hair": one(HAIR),
         "rear_hair": one(REAR_HAIR) or "none",
         "hair_colour": chance.choice(list(HAIR_COLOURS)),
@@ -74,6 +74,9 @@ def draw_attributes(chance: random.Random) -> dict[str, str]:
         "skin_colour": chance.choice(list(SKIN_COLOURS)),
         "background_colour": chance.choice(list(BACKGROUNDS)),
     }
+    if face["eyes"] == "humble":  # closed: the picture shows no iris
+        face["eye_colour"] = "none"
+    return face
 
 
 def draw(style: Style, face: dict[str, str]) -> Image.Image:
@@ -92,8 +95,9 @@ def draw(style: Style, face: dict[str, str]) -> Image.Image:
     }
     svg = Avatar(style, {k: v for k, v in options.items() if v != []}).to_string()
     svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{WINDOW}"', svg, count=1)
-    iris = EYE_COLOURS[face["eye_colour"]]
-    svg = re.sub(r'(<circle [^>]*fill=")#4B2422"', rf'\g<1>{iris}"', svg)
+    if face["eye_colour"] != "none":
+        iris = EYE_COLOURS[face["eye_colour"]]
+        svg = re.sub(r'(<circle [^>]*fill=")#4B2422"', rf'\g<1>{iris}"', svg)
     for part, (place, (width, height), (across, down)) in PLACES.items():
         left, top = map(float, re.findall(r"[\d.]+", place))
         larger = (
