@@ -1,0 +1,280 @@
+"""Strangers' bytes become RGB or a reason, and nothing else."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from vaejax.data.decode import Refused, decode, opened, pixels, resize
+
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def noise(height: int = 24, width: int = 32, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def flat(mode: str, colour: Any) -> Image.Image:
+    return Image.new(mode, (12, 10), colour)
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(Refused) as refused:
+        decode(data)
+    return refused.value.reason
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read(kind: str):
+    image = decode(encode(flat("RGB", (200, 100, 50)), kind))
+    assert image.shape == (10, 12, 3)
+    assert np.abs(image.astype(int) - (200, 100, 50)).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_what_loses_nothing_comes_back_bit_for_bit(kind: str):
+    assert np.array_equal(decode(encode(Image.fromarray(noise()), kind)), noise())
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "kind", "expected"),
+    [
+        ("L", 100, "PNG", (100, 100, 100)),
+        ("L", 100, "JPEG", (100, 100, 100)),
+        ("LA", (100, 255), "PNG", (100, 100, 100)),
+        ("LA", (100, 0), "PNG", WHITE),
+        ("1", 1, "PNG", WHITE),
+        ("1", 0, "TIFF", (0, 0, 0)),
+        ("RGBA", (*RED, 255), "PNG", RED),
+        ("RGBA", (*RED, 0), "WEBP", WHITE),
+        ("RGBA", (*RED, 128), "PNG", (255, 127, 127)),
+        ("CMYK", (0, 255, 255, 0), "JPEG", RED),
+        ("CMYK", (0, 0, 0, 255), "TIFF", (0, 0, 0)),
+        ("YCbCr", (76, 85, 255), "TIFF", RED),
+    ],
+)
+def test_every_mode_becomes_rgb_and_what_is_transparent_white(
+    mode: str, colour: Any, kind: str, expected: tuple[int, ...]
+):
+    image = decode(encode(flat(mode, colour), kind))
+    assert np.abs(image.astype(int) - expected).max() <= 2
+
+
+def test_a_palette_is_looked_up_and_its_transparent_colour_is_white():
+    image = Image.new("P", (12, 10), 0)
+    image.putpalette([*RED, 0, 0, 255])
+    image.paste(1, (0, 0, 6, 10))
+    opaque, see_through = encode(image, "PNG"), encode(image, "GIF", transparency=0)
+    assert decode(opaque)[0, ::6].tolist() == [[0, 0, 255], [*RED]]
+    assert decode(see_through)[0, ::6].tolist() == [[0, 0, 255], [*WHITE]]
+
+
+@pytest.mark.parametrize("ending", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_and_not_clipped(ending: str, channels: int):
+    ramp = np.linspace(0, 65535, 256 * 16).astype(np.uint16).reshape(16, 256)
+    image = ramp if channels == 1 else np.stack([ramp] * 3, axis=2)
+    decoded = decode(cv2.imencode(ending, image)[1].tobytes())
+    assert np.array_equal(decoded, np.stack([ramp >> 8] * 3, axis=2))
+    assert 126.5 < decoded.mean() < 128.5
+
+
+# How an upright picture is stored by a camera that says "orientation n", in NumPy's words.
+STORED = {
+    1: lambda u: u,
+    2: lambda u: u[:, ::-1],
+    3: lambda u: u[::-1, ::-1],
+    4: lambda u: u[::-1],
+    5: lambda u: u.swapaxes(0, 1),
+    6: lambda u: np.rot90(u, 1),
+    7: lambda u: u.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda u: np.rot90(u, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_stand_upright(orientation: int):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](noise())))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for kind in ("PNG", "TIFF"):
+        assert np.array_equal(decode(encode(stored, kind, exif=exif)), noise())
+    assert decode(encode(stored, "JPEG", exif=exif)).shape == (24, 32, 3)
+
+
+def test_damaged_exif_spoils_no_picture():
+    damaged = encode(Image.fromarray(noise()), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(decode(damaged), noise())
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_taken(kind: str):
+    frames = [flat("RGB", colour) for colour in (RED, (0, 255, 0), (0, 0, 255))]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(decode(data).astype(int) - RED).max() <= 3
+
+
+def test_pixels_without_a_scale_are_refused():
+    ramp = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
+    assert reason(encode(Image.fromarray(ramp), "TIFF")) == "float pixels"
+    assert reason(encode(Image.fromarray(ramp.astype(np.int32)), "TIFF")) == "32-bit pixels"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_half_a_file_is_refused(kind: str):
+    data = encode(Image.fromarray(noise(64, 64)), kind)
+    assert reason(data[: len(data) // 2]) == "truncated or damaged"
+    assert reason(data[:12]) == "truncated or damaged"
+
+
+@pytest.mark.parametrize("chunk", [b"IHDR", b"IDAT"])
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_png_whose_checksum_does_not_hold_is_refused(chunk: bytes, checksum: bool):
+    data = bytearray(encode(Image.fromarray(noise()), "PNG"))
+    start = data.index(chunk) + 4
+    length = int.from_bytes(data[start - 8 : start - 4], "big")
+    data[start + length if checksum else start + length - 1] ^= 1
+    assert reason(bytes(data)) == "truncated or damaged"
+
+
+def test_a_palette_of_too_many_colours_is_refused():
+    data = bytearray(encode(Image.new("P", (200, 100)), "BMP"))
+    data[46:50] = (50_000).to_bytes(4, "little")
+    assert reason(bytes(data)) == "truncated or damaged"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "empty file"),
+        (b"\0" * 1000, "not an image"),
+        (noise().tobytes(), "not an image"),
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"\xff\xd8\xff", "truncated or damaged"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_its_reason(data: bytes, expected: str):
+    assert reason(data) == expected
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_damage_does_worse_than_to_be_refused(kind: str):
+    random, whole = np.random.default_rng(0), encode(Image.fromarray(noise(16, 16)), kind)
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(whole[: random.integers(1, len(whole) + 1)])
+        for place in random.integers(0, len(data), random.integers(0, 4)):
+            data[place] = random.integers(256)
+        try:
+            outcomes.add(decode(bytes(data)).dtype)
+        except Refused:
+            outcomes.add("refused")
+    assert outcomes <= {np.dtype(np.uint8), "refused"}
+    assert "refused" in outcomes
+
+
+def test_a_side_below_8_pixels_is_refused():
+    assert decode(encode(Image.new("L", (8, 8)), "PNG")).shape == (8, 8, 3)
+    for size in ((7, 100), (100, 7), (1, 1)):
+        assert reason(encode(Image.new("L", size), "PNG")).startswith("too small")
+
+
+def black_png(side: int) -> bytes:
+    """A 1-bit PNG made row by row, since the picture itself would take side**2 bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + -(-side // 8))
+    packed = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", packed), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+MEASURE = """
+import resource, sys, time
+from pathlib import Path
+from vaejax.data.decode import Refused, decode
+ready = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for data in [Path(name).read_bytes() for name in sys.argv[1:]]:
+    start = time.perf_counter()
+    try:
+        decode(data)
+    except Refused as refused:
+        assert refused.reason == "too large: more than 50 megapixels", refused
+    else:
+        raise AssertionError("decoded")
+    print(time.perf_counter() - start)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - ready) / 1024)
+"""
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
+    names = [str(tmp_path / f"{side}.png") for side in (10_000, 14_000, 20_000)]
+    for name, side in zip(names, (10_000, 14_000, 20_000), strict=True):
+        with open(name, "wb") as file:
+            assert file.write(black_png(side)) < 60_000
+    command = [sys.executable, "-c", MEASURE, *names]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    *seconds, megabytes = map(float, output.split())
+    assert max(seconds) < 0.25
+    assert megabytes < 20
+
+
+def test_a_small_png_made_by_hand_is_read():
+    """Or else the test above would refuse for another reason."""
+    assert np.array_equal(decode(black_png(64)), np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_large_photograph_is_decoded_small_but_not_too_small():
+    ramp = np.linspace(0, 255, 1000).astype(np.uint8)
+    photograph = np.broadcast_to(ramp[:, None], (1000, 800))
+    data = encode(Image.fromarray(photograph), "JPEG")
+    small = pixels(opened(data), at_least=128)
+    assert small.shape == (250, 200, 3)
+    shrunk = resize(small, 64).astype(int)
+    assert np.abs(shrunk - resize(decode(data), 64)).max() <= 3
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
+def test_a_constant_stays_constant_at_any_size(value: int):
+    for shape in ((8, 8), (8, 500), (500, 8), (64, 64), (63, 65), (1000, 3000)):
+        image = np.full((*shape, 3), value, np.uint8)
+        assert np.array_equal(resize(image, 64), np.full((64, 64, 3), value, np.uint8))
+
+
+@pytest.mark.parametrize(("tall", "wide"), [(2, 2), (5, 3), (1, 4)])
+def test_shrinking_takes_the_mean_of_every_pixel(tall: int, wide: int):
+    image = noise(16 * tall, 16 * wide)
+    means = image.reshape(16, tall, 16, wide, 3).astype(float).mean(axis=(1, 3))
+    assert np.abs(resize(image, 16) - means).max() <= 1
+
+
+def test_an_image_of_the_size_that_is_wanted_is_unchanged():
+    assert np.array_equal(resize(noise(32, 32), 32), noise(32, 32))
+
+
+def test_where_one_side_shrinks_and_one_grows_each_has_its_own_rule():
+    stripes = np.zeros((16, 256, 3), np.uint8)
+    stripes[:, ::2] = 255  # which any sampling of pixels would show as black, white or moiré
+    assert np.unique(resize(stripes, 64)).tolist() == [128]

@@ -1,0 +1,268 @@
+"""Folder or zip of images -> a prepared set: decoded, checked, resized and split, once and for all.
+
+When all hashes are known the splits are, and the records are written in the order of the hashes:
+as good as shuffled, and the same whatever the number of threads, the names of the files or their
+place.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaejax import pictures
+from vaejax.data import records
+from vaejax.data.gather import Gathered, gather
+from vaejax.data.records import builder
+from vaejax.data.report import of_files, of_images, summary
+from vaejax.data.sources import Entry, Listing, listing, printable
+from vaejax.data.splits import INTERVALS, persons, splits
+from vaejax.data.whole import appearing
+from vaejax.errors import UserError
+
+__all__ = ["builder", "look", "prepare"]
+
+MOST_REFUSED = 0.05  # of the files; more than that is a mistake, not an accident
+FEWEST = 3  # different images: one to learn from, two to hold out
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    files: Listing
+    key: str  # says which listing at which size
+    size: int
+    folder: Path
+
+
+def prepare(
+    source: Path,
+    *,
+    size: int,
+    out: Path | None = None,
+    allow_refused: bool = False,
+    threads: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The prepared set of a folder or a zip, at `size` x `size` pixels; made if it is not there.
+
+    Without `out` it lies in the user's cache, under a name that follows from the source's path and
+    listing: the same call finds it again, and a changed source makes another. A source that is a
+    prepared set already is handed back.
+    """
+    source = Path(source)
+    if records.is_prepared(source):
+        return _prepared_already(source, size=size, out=out)
+    if not 8 <= size <= 2048:
+        raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
+    with listing(source) as files:
+        key = _listing_key(files.entries, size)
+        folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
+        try:
+            if _is_there(folder, key):
+                say(f"Using the prepared set {printable(folder)}.")
+                return folder
+            _check_place(folder, source)
+            with appearing(folder) as partial:
+                job = _Job(source, files, key, size, folder)
+                _check_room(partial, job)
+                report = _fill(partial, job, allow_refused=allow_refused, threads=threads, say=say)
+        except FileExistsError:  # another process prepared the same meanwhile
+            _is_there(folder, key)
+            return folder
+        except BrokenPipeError:  # nobody listens to `say`
+            raise
+        except OSError as error:
+            message = f"cannot write {printable(folder)}: {error.strerror}; nothing was kept."
+            raise UserError(message) from None
+    say(f"{summary(report)} They are in {printable(folder)}.")
+    return folder
+
+
+def look(source: Path, *, size: int) -> tuple[Path | None, int]:
+    """What `prepare` would start from, without preparing it: the prepared set, if it is there in
+    the cache or the source is one, and how many images or files there are."""
+    source = Path(source)
+    if records.is_prepared(source):
+        folder = _prepared_already(source, size=size, out=None)
+        return folder, records.check(folder)["accepted"]
+    with listing(source) as files:
+        folder = _cache_folder(source, size, _listing_key(files.entries, size))
+        return (folder if records.is_prepared(folder) else None), len(files.entries)
+
+
+# Where it lies
+
+
+def _prepared_already(source: Path, *, size: int, out: Path | None) -> Path:
+    found = records.check(source)["size"]
+    if found != size:
+        raise UserError(
+            f"{printable(source)} is prepared at {found}x{found}, not {size}x{size}. "
+            f"Use --size {found}, or prepare the original images again."
+        )
+    if out is not None and Path(out).resolve() != source.resolve():
+        raise UserError(f"{printable(source)} is prepared already: leave out --out.")
+    return source
+
+
+def _listing_key(entries: Iterable[Entry], size: int) -> str:
+    key = hashlib.sha256(f"{records.FORMAT}, {size} pixels\n".encode())
+    for entry in entries:
+        key.update(json.dumps([entry.path, entry.size, entry.stamp]).encode())
+    return key.hexdigest()
+
+
+def _cache_folder(source: Path, size: int, key: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    full = source.resolve()
+    name = re.sub(r"[^\w.-]+", "_", printable(full.stem if full.is_file() else full.name))[:60]
+    digest = hashlib.sha256(os.fsencode(full) + key.encode()).hexdigest()
+    return cache / "vaejax" / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
+
+
+def _is_there(folder: Path, key: str) -> bool:
+    """Whether the folder is what was asked for; UserError if it is anything else that is full."""
+    if records.is_prepared(folder):
+        report = records.check(folder)
+        if report["listing"] == key:
+            return True
+        raise UserError(
+            f"{printable(folder)} holds another prepared set: {report['source']} at "
+            f"{report['size']}x{report['size']}, or as that was before it changed. "
+            "Choose another --out, or delete that folder."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{printable(folder)} is a file. Choose another --out.")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{printable(folder)} is neither empty nor a prepared set. Choose another --out."
+        )
+    return False
+
+
+def _check_place(folder: Path, source: Path) -> None:
+    if folder.is_relative_to(source.resolve()):
+        raise UserError(f"{printable(folder)} lies among the images. Choose another --out.")
+    if folder.is_mount():  # nothing can be renamed to it
+        raise UserError(f"{printable(folder)} is a mount point. Choose a folder inside it.")
+
+
+def _check_room(partial: Path, job: _Job) -> None:
+    files, size = len(job.files.entries), job.size
+    needed, free = 2 * files * size * size * 3, shutil.disk_usage(partial).free
+    if needed > free:
+        raise UserError(
+            f"not enough room in {printable(partial.parent)}: to prepare {files:,} images at "
+            f"{size}x{size} takes {needed >> 20:,} MB, and {free >> 20:,} MB are free."
+        )
+
+
+# What goes into it
+
+
+def _fill(
+    partial: Path,
+    job: _Job,
+    *,
+    allow_refused: bool,
+    threads: int | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    start = time.monotonic()
+    raw = partial / "pixels"
+    with raw.open("w+b") as file:
+        found = gather(job.files, file, size=job.size, threads=threads, say=say)
+        _judge(found, job, allow_refused=allow_refused)
+        written = _write_images(partial, found, job.size)
+    raw.unlink()
+    report = {
+        "format": records.FORMAT,
+        "source": printable(job.source.resolve()),
+        "size": job.size,
+        "seconds": round(time.monotonic() - start, 3),
+        "ignored": job.files.ignored,
+        "listing": job.key,
+        **of_images(found, job.size),
+        **written,
+        "files": of_files(partial),
+    }
+    _write_json(partial / "report.json", report)
+    _refusals_file(job).unlink(missing_ok=True)
+    return report
+
+
+def _write_images(partial: Path, found: Gathered, size: int) -> dict[str, Any]:
+    """The records and the contact sheet; what is known of them by then, for the report."""
+    people = persons(found.paths)
+    split_of = splits(found.hashes, people)
+    order = sorted(range(len(found.paths)), key=lambda i: (found.hashes[i], found.paths[i]))
+
+    def of(split: str) -> Iterator[records.Record]:
+        for i in order:
+            if split_of[i] == split:
+                yield {
+                    "image": found.pixels[i],
+                    "person": people[i],
+                    "path": found.paths[i],
+                    "sha256": found.hashes[i],
+                }
+
+    folder = partial / "records"
+    folder.mkdir()
+    written = [records.write(folder, size=size, split=name, records=of(name)) for name in INTERVALS]
+    records.describe(folder, size=size, splits=written)
+    sheet = np.stack([found.pixels[i] for i in order[:64]])
+    pictures.save(partial / "contact_sheet.png", pictures.grid(sheet, columns=8))
+    return {
+        "splits": {name: split_of.count(name) for name in INTERVALS},
+        "persons": len(set(people) - {""}),
+    }
+
+
+# What cannot be prepared
+
+
+def _judge(found: Gathered, job: _Job, *, allow_refused: bool) -> None:
+    """UserError if there is too little to learn from, or too much that is refused."""
+    source, files = printable(job.source), len(job.files.entries)
+    kinds = "vaejax reads jpg png webp bmp gif tiff ppm"
+    if not files:
+        raise UserError(f"no images in {source}: no file there could be one ({kinds}).")
+    counts = Counter(refusal["reason"] for refusal in found.refused).most_common()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
+    if not found.paths:
+        raise UserError(f"no usable images in {source} (0 of {files:,} files): {reasons}. {kinds}.")
+    if len(found.refused) > MOST_REFUSED * files and not allow_refused:
+        _write_json(_refusals_file(job), found.refused)
+        examples = ", ".join(refusal["path"] for refusal in found.refused[:3])
+        raise UserError(
+            f"{len(found.refused):,} of {files:,} files of {source} cannot be used: {reasons}; for "
+            f"example {examples}. All are listed in {printable(_refusals_file(job))}. Mend or "
+            "remove them, or leave them out by --allow-refused."
+        )
+    different = len(set(found.hashes))
+    if different < FEWEST:
+        raise UserError(
+            f"only {different} different images in {source} ({len(found.refused)} of {files} files "
+            f"refused{': ' + reasons if reasons else ''}): at least {FEWEST} are needed."
+        )
+
+
+def _refusals_file(job: _Job) -> Path:
+    return job.folder.with_name(f"{job.folder.name}.refused.json")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

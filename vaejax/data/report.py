@@ -1,0 +1,66 @@
+"""What a preparation found, in figures."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaejax.data.gather import Gathered
+
+
+def of_images(found: Gathered, size: int) -> dict[str, Any]:
+    return {
+        "accepted": len(found.paths),
+        "refused": found.refused,
+        "duplicates": _duplicates(found),
+        "sizes": _sizes(found.dimensions),
+        "fingerprint": _fingerprint(found.hashes, size),
+    }
+
+
+def of_files(folder: Path) -> dict[str, int]:
+    """The size of every file below a folder, in bytes: half a file is soon found out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One sentence for people."""
+    parts = ", ".join(f"{count:,} {name}" for name, count in report["splits"].items())
+    copies = sum(len(paths) - 1 for paths in report["duplicates"])
+    persons = f" of {report['persons']:,} persons" if report["persons"] else ""
+    return (
+        f"Prepared {report['accepted']:,} images{persons} from {report['source']} at "
+        f"{report['size']}x{report['size']} ({parts}); {len(report['refused']):,} files refused, "
+        f"{copies:,} copies kept, {report['seconds']:.1f} s."
+    )
+
+
+def _duplicates(found: Gathered) -> list[list[str]]:
+    copies: dict[str, list[str]] = {}
+    for path, digest in zip(found.paths, found.hashes, strict=True):
+        copies.setdefault(digest, []).append(path)
+    return [paths for paths in copies.values() if len(paths) > 1]
+
+
+def _sizes(dimensions: Counter[tuple[int, int]]) -> dict[str, Any]:
+    """How large the images were, in pixels, as the files have them."""
+    each = np.repeat(np.array(list(dimensions)), list(dimensions.values()), axis=0)
+    sides = {
+        side: {
+            "min": int(values.min()),
+            "median": float(np.median(values)),
+            "max": int(values.max()),
+        }
+        for side, values in zip(("width", "height"), each.T, strict=True)
+    }
+    common = {f"{w}x{h}": count for (w, h), count in dimensions.most_common(5)}
+    return {**sides, "most_common": common}
+
+
+def _fingerprint(hashes: Iterable[str], size: int) -> str:
+    """The same for the same images at the same size, wherever they lay and whatever their names."""
+    return hashlib.sha256("\n".join([*sorted(hashes), str(size)]).encode()).hexdigest()
