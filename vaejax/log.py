@@ -89,7 +89,7 @@ class Progress:
             parts.append(f"device {size(device_memory)}")
         line = "  ".join(parts)
         if self._live:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: not known
             line = "\r" + line[: width - 1].ljust(width - 1)
         print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
 

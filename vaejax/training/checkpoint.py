@@ -1,0 +1,81 @@
+"""Checkpoints of the state and the position in the data, together. The only user of Orbax."""
+
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from vaejax.errors import CheckpointError
+from vaejax.models import vae
+from vaejax.training.state import TrainState
+
+
+def manager(folder: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
+    """The checkpoints in `folder`, of which the newest `keep` stay.
+
+    Saving is synchronous: the step donates its state, and a copy in the background of a buffer
+    that the next step writes over would not be the state it is said to be.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        step_format_fixed_length=7,
+        cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(
+    checkpoints: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator
+) -> None:
+    """Write the state and the position; a kill in between leaves no step that looks whole."""
+    step = int(state.step)
+    if step not in checkpoints.all_steps():
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
+        )
+        checkpoints.save(step, args=arguments)
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, like: TrainState, batches: grain.DatasetIterator
+) -> TrainState | None:
+    """The newest state, and `batches` set to its position; None where there is no checkpoint."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardRestore(_here(like)),
+        data=grain.checkpoint.CheckpointRestore(batches),
+    )
+    return checkpoints.restore(step, args=arguments)["state"]
+
+
+def weights(run: Path, model: vae.VAE) -> tuple[PyTree, PyTree]:
+    """The newest parameters and statistics of a run, without the optimiser's share.
+
+    Raises CheckpointError where there is none yet.
+    """
+    folder = run / "checkpoints"
+    step = manager(folder).latest_step() if folder.is_dir() else None
+    if step is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
+    params, statistics = jax.eval_shape(lambda key: vae.init(model, key), jax.random.key(0))
+    item = _here({"params": params, "statistics": statistics})
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    restored = manager(folder).restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    return restored["params"], restored["statistics"]
+
+
+def _here(tree: PyTree) -> PyTree:
+    """The shapes of a tree, to be put on this machine's first device, wherever they came from."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

@@ -1,0 +1,208 @@
+"""The loop: a `for`, with periodic things as `if`. A run that was stopped goes on where it was."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from vaejax.data import batches as data
+from vaejax.data.prepare import look, prepare
+from vaejax.data.records import read_report
+from vaejax.errors import DivergedError
+from vaejax.log import Metrics, Progress, duration
+from vaejax.models.vae import VAE
+from vaejax.objectives import Figures, Loss
+from vaejax.training import checkpoint, page, parallel, run
+from vaejax.training.album import Album
+from vaejax.training.config import Config, Recipe, build_adam
+from vaejax.training.plan import Schedule, describe, forecast, schedule
+from vaejax.training.state import TrainState, init
+
+
+def fit(
+    name: str, config: Config, recipe: Recipe, *, source: Path, model: VAE, loss: Loss
+) -> Path | None:
+    """Prepare the data, train the model, and leave a run's folder; the same call resumes it.
+
+    With `dry_run` it only says what it would do, and there is no folder.
+
+    Raises UserError before any work for what cannot be done, DivergedError when the loss stops
+    being finite: the last checkpoint is then from before.
+    """
+    run.refuse_unwritable(config.out or run.ROOT)
+    if config.dry_run:
+        _say_plan(name, config, recipe, source=source, model=model, loss=loss)
+        return None
+    prepared = prepare(source, size=model.size, allow_refused=config.allow_refused)
+    images = data.Images(prepared, "train")
+    plan = schedule(recipe, images=len(images))
+    print(describe(recipe, plan, model, images=len(images)))
+    settings = {
+        "experiment": name,
+        "model": asdict(model),
+        "loss": {"kl_weight": recipe.kl_weight},
+        "optimizer": {
+            "learning_rate": recipe.learning_rate,
+            "b1": recipe.b1,
+            "clip_norm": recipe.clip_norm,
+            "cosine_decay_updates": plan.updates if recipe.cosine_decay else None,
+        },
+        "batch_size": recipe.batch_size,
+        "seed": config.seed,
+        "data": read_report(prepared)["fingerprint"],
+        "schedule": {
+            "recipe": recipe.name,
+            "source": str(source.absolute()),
+            "prepared": str(prepared.absolute()),
+            "images": len(images),
+            "updates": plan.updates,
+            "updates_per_epoch": plan.per_epoch,
+        },
+    }
+    folder = run.choose(name, settings, out=config.out, fresh=config.fresh)
+    with run.locked(folder), run.Stop().listening() as stop:
+        run.write(folder, "config.json", settings)
+        learn(folder, config, recipe, plan, prepared=prepared, model=model, loss=loss, stop=stop)
+    if stop.signal is not None:
+        sys.exit(128 + stop.signal)
+    return folder
+
+
+def _say_plan(
+    name: str, config: Config, recipe: Recipe, *, source: Path, model: VAE, loss: Loss
+) -> None:
+    prepared, files = look(source, size=model.size)
+    if prepared is None:
+        images = round(0.9 * files)
+        print(f"{name}: {source}, {files:,} files that are not prepared yet; 90 % for training")
+    else:
+        images = len(data.Images(prepared, "train"))
+        print(f"{name}: {source}, prepared in {prepared}")
+    plan = schedule(recipe, images=images)
+    print(describe(recipe, plan, model, images=images))
+    print(forecast(config, recipe, plan, model, loss))
+    print("a dry run: nothing was written")
+
+
+def learn(
+    folder: Path,
+    config: Config,
+    recipe: Recipe,
+    plan: Schedule,
+    *,
+    prepared: Path,
+    model: VAE,
+    loss: Loss,
+    stop: run.Stop,
+) -> None:
+    """Every update that is still to be made, with what is to be seen and saved in between."""
+    key = jax.random.key(config.seed)
+    init_key, train_key, validation_key = jax.random.split(key, 3)
+    optimizer = build_adam(recipe, updates=plan.updates)
+    images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
+    batches = data.stream(images, batch_size=recipe.batch_size, seed=config.seed)
+
+    begin = jax.jit(partial(init, model=model, optimizer=optimizer))
+    checkpoints = checkpoint.manager(folder / "checkpoints", keep=config.keep)
+    state = checkpoint.restore(checkpoints, jax.eval_shape(begin, init_key), batches)
+    if state is None:
+        state = begin(init_key)
+    start = int(state.step)
+    if start >= plan.updates and run.status(folder) == "finished":
+        print(f"{folder} is finished: all of its {plan.updates:,} updates are done.")
+        print(page.what_next(folder))
+        return
+
+    run.record(folder, "running", devices=parallel.describe())
+    print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
+    began = time.monotonic()
+    shape = (recipe.batch_size, model.size, model.size, 3)
+    train_step = parallel.compile_train_step(
+        loss, optimizer, state, jax.ShapeDtypeStruct(shape, np.uint8), train_key
+    )
+    print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
+    eval_step = parallel.compile_eval_step(loss)
+    album = Album(folder, model, held_out)
+    progress = Progress(
+        updates=plan.updates, epochs=plan.epochs, batch_size=recipe.batch_size, done=start
+    )
+    page.write(folder)
+    saved = time.monotonic()
+    with Metrics(folder, step=start) as metrics:
+        for n in range(start, plan.updates):
+            epoch, done = n // plan.per_epoch + 1, n + 1
+            last = done == plan.updates
+            if n % plan.per_epoch == 0:
+                album.samples(state, f"epoch-{epoch:04}-begin")
+            state, figures = train_step.run(state, next(batches), train_key)
+
+            if n % config.log_steps == 0:
+                line = finite(figures, folder, step=n)
+                line["images_per_second"] = progress.images_per_second(done)
+                metrics.write(step=n, epoch=epoch, split="train", figures=line)
+                progress.show(done, epoch, line, device_memory=parallel.memory_in_use())
+            if last or done % plan.per_epoch == 0:
+                finite(figures, folder, step=n)
+                album.samples(state, f"epoch-{epoch:04}-end")
+                album.reconstructions(state, f"epoch-{epoch:04}")
+                line = validate(eval_step, state, held_out, validation_key, recipe.batch_size)
+                metrics.write(step=done, epoch=epoch, split="validation", figures=line)
+                progress.say(page.epoch_line(epoch, plan.epochs, line))
+                page.write(folder)
+            due = last or done % config.checkpoint_steps == 0 or stop.signal is not None
+            if due or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                finite(figures, folder, step=n)
+                checkpoint.save(checkpoints, state, batches)
+                album.curves()
+                saved = time.monotonic()
+            if stop.signal is not None and not last:
+                run.record(folder, "stopped", devices=parallel.describe())
+                page.write(folder)
+                progress.say(
+                    f"stopped after update {done:,}, saved: the same command goes on there"
+                )
+                return
+    album.faces(state)
+    album.film()
+    run.record(folder, "finished", devices=parallel.describe())
+    page.write(folder)
+    progress.say(page.what_next(folder))
+
+
+def validate(
+    eval_step: Callable[..., Figures],
+    state: TrainState,
+    held_out: data.Images,
+    key: Key[Array, ""],
+    batch_size: int,
+) -> dict[str, float]:
+    """The figures of all held-out images: means over the images, with the same noise each time."""
+    began = time.monotonic()
+    sums: dict[str, float] = {}
+    for i, images in enumerate(data.in_order(held_out, batch_size=batch_size)):
+        figures = eval_step(state, images, jax.random.fold_in(key, i))
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(images)
+    means = {name: value / len(held_out) for name, value in sums.items()}
+    return means | {"images_per_second": len(held_out) / (time.monotonic() - began)}
+
+
+def finite(figures: Figures, folder: Path, *, step: int) -> dict[str, float]:
+    """The figures as numbers; a loss or a gradient that is none ends the run before it is saved."""
+    values = {name: float(value) for name, value in figures.items()}
+    for name in ("loss", "gradient_norm"):
+        if not np.isfinite(values[name]):
+            run.record(folder, "diverged", devices=parallel.describe())
+            page.write(folder)
+            raise DivergedError(
+                f"the {name.replace('_', ' ')} is {values[name]} at step {step:,}. The checkpoints "
+                f"in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate, "
+                "--norm batch, or --recipe quick"
+            )
+    return values

@@ -1,0 +1,106 @@
+"""The README.md of a run, written by the program: what it is, its figures, its pictures."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vaejax import pictures
+from vaejax.training import run
+
+FIGURES = {
+    "loss": "mse + kl_weight · kl, what was minimised",
+    "mse": "mean squared error, over pixels and channels in [0, 1]",
+    "kl": "KL(q(z\\|x) ‖ N(0, I)), nats per latent dimension",
+    # the bar of a conditional density would end a Markdown table's cell
+    "distortion": "−log p(x\\|z) over the 256 levels, nats per image",
+    "rate": "KL(q(z\\|x) ‖ N(0, I)), nats per image",
+    "elbo": "−(distortion + rate), nats per image: higher is better",
+    "bits_per_dim": "(distortion + rate) / (number of values · log 2)",
+    "effective_beta": "the weight of the rate against the distortion: 1 is the ELBO",
+}
+
+
+def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
+    shown = (f"{name} {figures[name]:.5g}" for name in ("loss", "mse", "kl", "bits_per_dim"))
+    return f"epoch {epoch}/{epochs} held out: {'  '.join(shown)}"
+
+
+def what_next(folder: Path) -> str:
+    return (
+        f"New faces are in {folder / 'faces.png'}, the film of the learning in "
+        f"{folder / 'learning.mp4'}, all else in {folder / 'README.md'}.\n"
+        f"More:  vaejax sample {folder} --seeds 0-24      vaejax reconstruct {folder} IMAGE..."
+    )
+
+
+def write(folder: Path) -> None:
+    """Write README.md and curves.png from what lies in the folder."""
+    config, state = run.read(folder), run.read(folder, "run.json")
+    first, last = _ends(folder / "metrics.jsonl")
+    model, plan = config["model"], config["schedule"]
+    lines = [
+        f"# {folder.name}: {state['status']}",
+        "",
+        f"A variational autoencoder for faces of {model['size']}×{model['size']} pixels with "
+        f"{model['latent_dim']} latent dimensions, by the {plan['recipe']} recipe, on "
+        f"{plan['images']:,} training images: {plan['updates']:,} updates of "
+        f"{config['batch_size']} images. Seed {config['seed']}, on {state['devices']}.",
+        "",
+        "| figure | first batch | last batch | held out | what it is |",
+        "|---|---|---|---|---|",
+    ]
+    columns = (first.get("train"), last.get("train"), last.get("validation"))
+    for name, meaning in FIGURES.items():
+        values = (f"{c[name]:.5g}" if c and name in c else "" for c in columns)
+        lines.append(f"| {name} | {' | '.join(values)} | {meaning} |")
+    lines += ["", _steps(columns), "", *_pictures(folder), "", "## Going on", "", "```"]
+    lines += [
+        f"{state['command']}     # goes on, if it is not finished",
+        f"vaejax sample {folder} --seeds 0-24",
+        f"vaejax reconstruct {folder} IMAGE...",
+        "```",
+        "",
+        "`config.json` is what identifies this run, `run.json` where it was made, `metrics.jsonl` "
+        "and `tensorboard/` hold every figure.",
+        "",
+    ]
+    with pictures.whole(folder / "README.md") as partial:
+        partial.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _ends(metrics: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The first and the last line of each split."""
+    first: dict[str, dict] = {}
+    last: dict[str, dict] = {}
+    if metrics.exists():
+        with metrics.open(encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                first.setdefault(line["split"], line)
+                last[line["split"]] = line
+    return first, last
+
+
+def _steps(columns: tuple[dict | None, ...]) -> str:
+    names = ("first batch", "last batch", "held out")
+    steps = [f"{n}: step {c['step']:,}" for n, c in zip(names, columns, strict=True) if c]
+    return "; ".join(steps) + "." if steps else "No update was made yet."
+
+
+def _pictures(folder: Path) -> list[str]:
+    """What there is to be seen, newest first."""
+    shown = [
+        ("New faces", folder / "faces.png"),
+        ("Samples", _newest(folder / "samples")),
+        ("Held-out faces above their reconstructions", _newest(folder / "reconstructions")),
+        ("Learning", folder / "learning.gif"),
+        ("Curves", folder / "curves.png"),
+    ]
+    return [
+        f"![{title}]({path.relative_to(folder).as_posix()})\n\n*{title}*\n"
+        for title, path in shown
+        if path and path.exists()
+    ]
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(folder.glob("epoch-*.png"), default=None)

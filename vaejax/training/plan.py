@@ -1,0 +1,79 @@
+"""What a run is going to do, said before it does it: updates, layers, memory, disk, time."""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import psutil
+
+from vaejax.data import batches
+from vaejax.log import duration, memory, size
+from vaejax.models import summary
+from vaejax.models.vae import CHANNELS, VAE
+from vaejax.objectives import Loss
+from vaejax.training import parallel
+from vaejax.training.config import Config, Recipe, build_adam
+from vaejax.training.state import init
+
+PICTURES = 600_000  # bytes an epoch, about, at 64 pixels: two grids and the reconstructions
+
+
+class Schedule(NamedTuple):
+    per_epoch: int  # updates in a pass over the training images
+    updates: int  # in the whole run
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.updates // self.per_epoch)
+
+
+def schedule(recipe: Recipe, *, images: int) -> Schedule:
+    """Raises UserError where a batch is larger than the data set."""
+    per_epoch = batches.steps_per_epoch(images, recipe.batch_size)
+    updates = recipe.epochs * per_epoch
+    return Schedule(per_epoch, min(updates, recipe.steps or updates))
+
+
+def describe(recipe: Recipe, plan: Schedule, model: VAE, *, images: int) -> str:
+    """The table of layers and what is done with them."""
+    decay = ", falling to 0 along a cosine" if recipe.cosine_decay else ""
+    return (
+        f"{summary.table(model)}\n"
+        f"recipe   {recipe.name}: mse + {recipe.kl_weight:g} · kl, norm {recipe.norm}, "
+        f"Adam {recipe.learning_rate:g}{decay}\n"
+        f"updates  {plan.updates:,} of {recipe.batch_size} images: {plan.epochs:,} epochs of at "
+        f"most {plan.per_epoch:,}, {images:,} training images"
+    )
+
+
+def forecast(config: Config, recipe: Recipe, plan: Schedule, model: VAE, loss: Loss) -> str:
+    """Memory, disk and time of a run on this machine; the time is that of a few real updates."""
+    key = jax.random.key(config.seed)
+    optimizer = build_adam(recipe, updates=plan.updates)
+    state = jax.jit(partial(init, model=model, optimizer=optimizer))(key)
+    shape = (recipe.batch_size, model.size, model.size, CHANNELS)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    began = time.monotonic()
+    step = parallel.compile_train_step(loss, optimizer, state, images, key)
+    compiling = time.monotonic() - began
+    checkpoint = parallel.state_bytes(state)
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        state, figures = step.run(state, images, key)
+        jax.block_until_ready(figures)
+        seconds.append(time.monotonic() - began)
+    each = min(seconds[1:])  # the first one also warms up
+    disk = round((config.keep + 1) * checkpoint + plan.epochs * PICTURES * (model.size / 64) ** 2)
+    where = "host" if parallel.on_cpu() else "device"
+    return (
+        f"memory   {size(step.memory)} on the {where} for a step, {size(memory())} in this "
+        f"process, of {size(psutil.virtual_memory().total)}\n"
+        f"disk     at most {size(disk)}: {config.keep} checkpoints of {size(checkpoint)}, one "
+        "more while it is written, and the pictures\n"
+        f"time     {duration(each * plan.updates)} on {parallel.describe()}: {each:.3g} s an "
+        f"update, {recipe.batch_size / each:,.0f} images/s, measured; compiled in "
+        f"{duration(compiling)}"
+    )

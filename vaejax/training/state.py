@@ -1,0 +1,24 @@
+"""What a step of learning changes, and nothing else: arrays only, so that it can be saved whole."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+from vaejax.models import vae
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]  # updates made so far
+    params: PyTree
+    statistics: PyTree  # batch norm's moving mean and variance
+    opt_state: PyTree
+
+
+def init(
+    key: Key[Array, ""], *, model: vae.VAE, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first update."""
+    params, statistics = vae.init(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
