@@ -1,0 +1,236 @@
+"""A run shows itself learning, and whatever stops it, it ends where it would have ended."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vaejax import objectives
+from vaejax.data.prepare import prepare
+from vaejax.errors import CheckpointError, DivergedError, UserError
+from vaejax.models.vae import VAE
+from vaejax.training import checkpoint, run
+from vaejax.training.config import Config, Recipe, build_vae, settle
+from vaejax.training.fit import fit
+
+RECIPE = Recipe(
+    "quick", epochs=3, batch_size=8, latent_dim=4, width=1, learning_rate=1e-3, norm="batch"
+)
+
+# the same run as a program, to be killed
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_fit import train
+train(Path({data!r}), Path({out!r}), checkpoint_steps=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(faces: Path) -> Path:
+    return prepare(faces, size=16, say=lambda _: None)
+
+
+def train(data: Path, out: Path | None, **flags: object) -> Path | None:
+    config = Config(data=data, recipe="quick", out=out, log_steps=2, **flags)
+    recipe = settle(config, RECIPE)
+    model = build_vae(recipe, size=16)
+    loss = partial(objectives.report, model=model, kl_weight=recipe.kl_weight)
+    return fit("tiny", config, recipe, source=data, model=model, loss=loss)
+
+
+def digest(folder: Path) -> str:
+    """Over everything that the newest checkpoint holds of the state, bit for bit."""
+    checkpoints = checkpoint.manager(folder / "checkpoints")
+    state = checkpoints.restore(
+        checkpoints.latest_step(),
+        args=checkpoint.ocp.args.Composite(state=checkpoint.ocp.args.StandardRestore()),
+    )["state"]
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    found = sorted([*folder.glob("samples/*.png"), *folder.glob("reconstructions/*.png")])
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(data, out)
+    return out
+
+
+def test_a_run_leaves_the_folder_that_it_promises(whole: Path):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"README.md", "config.json", "run.json", "metrics.jsonl", "curves.png"}
+    assert names >= {"learning.mp4", "learning.gif", "faces.png", "tensorboard", "checkpoints"}
+    samples = [f"epoch-{e:04}-{when}.png" for e in (1, 2, 3) for when in ("begin", "end")]
+    assert sorted(path.name for path in (whole / "samples").iterdir()) == samples
+    assert len(list((whole / "reconstructions").iterdir())) == 3
+    assert run.status(whole) == "finished"
+    assert not [path for path in whole.rglob("*partial*")]
+
+
+def test_metrics_have_every_step_and_every_epoch_once(whole: Path):
+    updates = run.read(whole)["schedule"]["updates"]
+    found = lines(whole)
+    assert [x["step"] for x in found if x["split"] == "train"] == list(range(0, updates, 2))
+    validation = [x for x in found if x["split"] == "validation"]
+    assert [x["epoch"] for x in validation] == [1, 2, 3]
+    assert [x["step"] for x in validation] == [updates // 3, 2 * updates // 3, updates]
+    keys = {"loss", "mse", "kl", "rate", "distortion", "elbo", "bits_per_dim"}
+    for line in found:
+        assert line.keys() >= keys | {"effective_beta", "images_per_second"}
+        assert all(np.isfinite(line[key]) for key in keys)
+
+
+def test_the_same_command_again_says_that_it_is_finished(whole: Path, data: Path, capsys):
+    before = digest(whole), (whole / "metrics.jsonl").read_bytes()
+    train(data, whole)
+    assert "is finished" in capsys.readouterr().out
+    assert before == (digest(whole), (whole / "metrics.jsonl").read_bytes())
+
+
+def test_a_run_in_two_parts_ends_bit_for_bit_like_one(whole: Path, data: Path, tmp_path: Path):
+    train(data, tmp_path / "run", steps=7)  # in the middle of an epoch
+    assert run.read(tmp_path / "run", "run.json")["status"] == "finished"
+    train(data, tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(whole)
+    assert (tmp_path / "run" / "faces.png").read_bytes() == (whole / "faces.png").read_bytes()
+
+
+def start(data: Path, out: Path) -> subprocess.Popen:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), data=str(data), out=str(out))
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def after_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
+    """Wait until so many lines are written, or the process ends."""
+    while process.poll() is None:
+        metrics = out / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(
+    whole: Path, data: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    process = start(data, out)
+    after_steps(process, out, 4)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert run.status(out) == "running"
+    train(data, out)
+    assert digest(out) == digest(whole)
+    assert pictures(out) == pictures(whole)
+    steps = [(x["step"], x["split"]) for x in lines(out)]
+    assert steps == [(x["step"], x["split"]) for x in lines(whole)]
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole: Path, data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    process = start(data, out)
+    after_steps(process, out, 2)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert run.status(out) == "stopped"
+    train(data, out)
+    assert digest(out) == digest(whole)
+
+
+def test_another_command_in_the_same_folder_is_refused_with_what_differs(whole: Path, data: Path):
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"model.latent_dim 4 → 5.*seed 0 → 1"):
+        train(data, whole, latent_dim=5, seed=1)
+    assert (whole / "config.json").read_bytes() == before
+
+
+def test_fresh_starts_anew_and_keeps_the_old_folder(data: Path, tmp_path: Path):
+    train(data, tmp_path / "run", steps=1)
+    train(data, tmp_path / "run", steps=1, seed=1, fresh=True)
+    assert run.read(tmp_path / "run")["seed"] == 1
+    assert run.read(tmp_path / "run.1")["seed"] == 0
+
+
+def test_a_run_without_a_name_gets_the_next_number_and_is_found_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train(data, None, steps=1) == Path("runs/00000-tiny")
+    assert train(data, None, steps=1, seed=1) == Path("runs/00001-tiny")
+    assert train(data, None, steps=1) == Path("runs/00000-tiny")
+    assert train(data, None, steps=1, fresh=True) == Path("runs/00002-tiny")
+    assert run.find("latest") == Path("runs/00002-tiny")
+    assert run.find("1") == Path("runs/00001-tiny")
+
+
+def test_two_runs_in_one_folder_are_one_too_many(data: Path, tmp_path: Path):
+    with run.locked(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()}"):
+        train(data, tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train(data, out, steps=2)
+    with pytest.raises(DivergedError, match=r"learning-rate"):
+        train(data, tmp_path / "other", learning_rate=1e30)
+    assert run.status(tmp_path / "other") == "diverged"
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.weights(tmp_path / "other", VAE(size=16, latent_dim=4, width=1))
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert train(faces, tmp_path / "run", dry_run=True) is None
+    text = capsys.readouterr().out
+    for word in ("60 files", "updates", "memory", "disk", "time", "Conv 1, stride 1 + BN"):
+        assert word in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(name: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        train(tmp_path / "no data", tmp_path / name)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="neither empty nor a run's folder"):
+        train(data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,76 @@
+"""An update learns, depends on its arguments alone, and knows its own noise."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vaejax.models import vae
+from vaejax.objectives import report
+from vaejax.training.state import TrainState, init
+from vaejax.training.step import eval_step, train_step
+
+MODEL = vae.VAE(size=16, latent_dim=4, width=2, norm="batch")
+OPTIMIZER = optax.adam(3e-3)
+LOSS = partial(report, model=MODEL, kl_weight=1e-4)
+KEY = jax.random.key(1)
+
+step = jax.jit(partial(train_step, loss=LOSS, optimizer=OPTIMIZER))
+look = jax.jit(partial(eval_step, loss=LOSS))
+
+
+@pytest.fixture(scope="module")
+def images(draw) -> np.ndarray:
+    return draw(16, 16)
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return jax.jit(partial(init, model=MODEL, optimizer=OPTIMIZER))(jax.random.key(0))
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b)))
+
+
+def test_a_hundred_updates_on_one_batch_learn_it(state, images):
+    first = None
+    for _ in range(100):
+        state, figures = step(state, images, KEY)
+        first = first or figures
+    assert int(state.step) == 100
+    assert figures["loss"] < first["loss"] / 5
+
+
+def test_an_update_is_a_function_of_its_arguments(state, images):
+    assert equal(step(state, images, KEY), step(state, images, KEY))
+
+
+def test_the_noise_of_an_update_comes_from_its_number_and_the_key(state, images):
+    _, here = step(state, images, KEY)
+    _, later = step(state._replace(step=state.step + 1), images, KEY)
+    _, other = step(state, images, jax.random.key(2))
+    assert here["kl"] == later["kl"] == other["kl"]  # which no noise enters
+    assert len({float(f["mse"]) for f in (here, later, other)}) == 3
+
+
+def test_the_figures_are_of_the_state_before_the_update(state, images):
+    key = jax.random.fold_in(KEY, state.step)
+    _, figures = step(state, images, KEY)
+    loss, _ = jax.jit(partial(LOSS, train=True))(state.params, state.statistics, images, key)
+    np.testing.assert_allclose(figures["loss"], loss, rtol=1e-5)
+
+
+def test_the_statistics_move_by_a_hundredth_of_the_batch(state, images):
+    after, _ = step(state, images, KEY)
+    moved = after.statistics["encoder"]["conv_1"]["norm"]["var"]
+    assert not equal(state.statistics, after.statistics)
+    assert jnp.all(moved >= 0.99)  # 0.99 of the old variance, 1, and 0.01 of the new
+    assert jnp.all(moved < 1)
+
+
+def test_a_look_changes_nothing_and_agrees_with_itself(state, images):
+    assert equal(look(state, images, KEY), look(state, images, KEY))
