@@ -59,7 +59,7 @@ def prepare(command: Prepare) -> None:
 
 def sample(command: Sample) -> None:
     seeds = parse_seeds(command.seeds)
-    refuse_unwritable(command.out)
+    refuse_no_picture(command.out)
     import numpy as np
 
     from vaejax import generate, pictures
@@ -77,7 +77,7 @@ def sample(command: Sample) -> None:
 def reconstruct(command: Reconstruct) -> None:
     if not command.images:
         raise UserError("no image to reconstruct: name one or more after the run")
-    refuse_unwritable(command.out)
+    refuse_no_picture(command.out)
     import numpy as np
 
     from vaejax import generate, pictures
@@ -123,25 +123,28 @@ def parse_seeds(text: str) -> list[int]:
     """ "0,7,10-12" -> [0, 7, 10, 11, 12]."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise UserError(f"--seeds {text}: {part!r} is neither a number nor a range like 0-24")
-        seeds += range(int(first), int(last or first) + 1)
-        if len(seeds) > 10_000 or int(last or first) >= 2**32:
+        some = range(int(first), int(last) + 1)
+        if len(seeds) + len(some) > 10_000 or int(last) >= 2**32:
             raise UserError(f"--seeds {text}: at most 10,000 faces, of seeds below 2**32")
+        seeds += some
     if not seeds:
         raise UserError(f"--seeds {text}: an empty range")
     return seeds
 
 
-def refuse_unwritable(picture: Path) -> None:
-    if picture.is_dir():
-        raise UserError(f"--out {picture} is a folder: name a file, such as faces.png")
-    nearest = picture.absolute().parent
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {picture} cannot be written")
+def refuse_no_picture(path: Path) -> None:
+    """UserError unless a PNG can be written there."""
+    from vaejax.training.run import refuse_unwritable
+
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
+    if os.path.isdir(path):
+        raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
+    refuse_unwritable(path.parent)
 
 
 @contextmanager
@@ -152,6 +155,9 @@ def for_people() -> Iterator[None]:
     except VaejaxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

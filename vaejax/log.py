@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 from tensorboardX import SummaryWriter
@@ -20,30 +21,47 @@ class Metrics:
 
     def __init__(self, folder: Path, *, step: int):
         self.path = folder / "metrics.jsonl"
-        self._drop_after(step)
+        kept = self._drop_after(step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        for line in kept:  # TensorBoard drops all of `step`, that of validation as well
+            self._show(line)
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int) -> list[dict]:
+        """Returns the lines of `step` itself, which stay."""
         if not self.path.exists():
-            return
+            return []
+        kept = []
         partial = self.path.with_name(".partial-metrics.jsonl")
         with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
             for line in old:
-                if not line.endswith("\n"):
-                    break  # cut off by a kill
-                entry = json.loads(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # cut off, by a kill or a full disk
                 # a train line is of the state before update `step` + 1, a validation line of `step`
                 if entry["step"] < step + (entry["split"] == "validation"):
                     new.write(line)
+                    if entry["step"] == step:
+                        kept.append(entry)
         os.replace(partial, self.path)
+        return kept
 
     def write(self, *, step: int, epoch: int, split: str, figures: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": epoch, "split": split, **figures}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(f"{name}/{split}", value, step)
+        self._show(line)
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in ("step", "epoch", "split"):
+                self._board.add_scalar(f"{name}/{line['split']}", value, line["step"])
+
+    def sync(self) -> None:
+        """All lines on the disk: a checkpoint must not know of more than they do."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -61,10 +61,11 @@ def in_nats(
 ) -> Figures:
     """The ELBO's terms, nats per image, for a run that was trained on means.
 
-    The likelihood is the one whose variance is the measured mse, the best that one variance for
-    all can be (Rybkin et al., 2021, sigma-VAE, equation 4), over the 256 levels, so that
-    `bits_per_dim` is a code length. Against that likelihood, mse + kl_weight * kl is a beta-VAE's
-    loss with `effective_beta` (Higgins et al., 2017): n / 2 mse of the one is one nat of the other.
+    The likelihood, over the 256 levels, is the one whose variance is the mse of these very images,
+    the best that one variance for all of them can be (Rybkin et al., 2021, sigma-VAE, equation 4):
+    a code of that length would have to send the variance as well, once for the batch. Against that
+    likelihood, mse + kl_weight * kl is a beta-VAE's loss with `effective_beta` (Higgins et al.,
+    2017): n / 2 mse of the one is one nat of the other.
     """
     values, latents = mean[0].size, posterior.mean.shape[-1]
     variance = jnp.maximum(mse, 1e-12)  # a perfect copy has no finite density

@@ -1,7 +1,7 @@
 """Pictures of images and of learning, without any global plotting state.
 
-Images are uint8 `[n h w c]`. Files are written whole or not at all, and nothing is kept in memory
-from one picture to the next.
+Images are uint8 `[n h w c]`. Files are written whole or not at all, and no picture
+is kept in memory for the next.
 """
 
 import json
@@ -60,7 +60,8 @@ def film(
 ) -> None:
     """A film of pictures of one size, read from disk one by one; the last one stays for a while.
 
-    Of more than `most` pictures, evenly spaced ones are shown, first and last always.
+    Of more than `most` pictures, evenly spaced ones are shown, first and last always. The GIF,
+    whose frames Pillow holds until all are there, has at most 512 pixels a side: 50 MB of memory.
     """
     if len(frames) > most:
         frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, most)]
@@ -71,6 +72,10 @@ def film(
         for frame in frames:
             with Image.open(frame) as picture:
                 yield picture.convert("RGB")
+
+    def small(picture: Image.Image) -> Image.Image:
+        picture.thumbnail((512, 512))
+        return picture
 
     with whole(mp4) as partial, warnings.catch_warnings():
         # JAX warns of every fork; this one is followed by ffmpeg at once
@@ -87,7 +92,7 @@ def film(
                 writer.append_data(picture)
     with whole(gif) as partial:
         # without dithering, whose noise would flicker from frame to frame
-        palettes = (p.quantize(256, dither=Image.Dither.NONE) for p in pictures())
+        palettes = (small(p).quantize(256, dither=Image.Dither.NONE) for p in pictures())
         first = next(palettes)
         durations = [1000 / rate] * (len(frames) - 1) + [2000.0]  # milliseconds
         first.save(

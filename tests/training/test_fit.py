@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,10 +111,14 @@ def test_the_same_command_again_says_that_it_is_finished(whole: Path, data: Path
     assert before == (digest(whole), (whole / "metrics.jsonl").read_bytes())
 
 
-def test_a_run_in_two_parts_ends_bit_for_bit_like_one(whole: Path, data: Path, tmp_path: Path):
+def test_a_run_in_two_parts_ends_bit_for_bit_like_one(
+    whole: Path, data: Path, tmp_path: Path, capsys
+):
     train(data, tmp_path / "run", steps=7)  # in the middle of an epoch
     assert run.read(tmp_path / "run", "run.json")["status"] == "finished"
+    capsys.readouterr()
     train(data, tmp_path / "run")
+    assert "run: 7 of " in capsys.readouterr().out
     assert digest(tmp_path / "run") == digest(whole)
     assert (tmp_path / "run" / "faces.png").read_bytes() == (whole / "faces.png").read_bytes()
 
@@ -140,7 +145,7 @@ def after_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(
-    whole: Path, data: Path, tmp_path: Path
+    whole: Path, data: Path, tmp_path: Path, capsys
 ):
     out = tmp_path / "run"
     process = start(data, out)
@@ -149,7 +154,9 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert run.status(out) == "running"
+    capsys.readouterr()
     train(data, out)
+    assert "run: 0 of " not in capsys.readouterr().out
     assert digest(out) == digest(whole)
     assert pictures(out) == pictures(whole)
     steps = [(x["step"], x["split"]) for x in lines(out)]
@@ -167,6 +174,53 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole: Path, data: Path, 
     assert run.status(out) == "stopped"
     train(data, out)
     assert digest(out) == digest(whole)
+
+
+def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end_comes_to_its_end(
+    whole: Path, data: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for name in ("faces.png", "learning.mp4", "learning.gif"):
+        (out / name).unlink()
+    run.record(out, "running", devices="")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "spl')  # cut off by a kill or a full disk
+    train(data, out)
+    assert run.status(out) == "finished"
+    assert (out / "faces.png").read_bytes() == (whole / "faces.png").read_bytes()
+    assert (out / "learning.mp4").stat().st_size > 0
+    assert len(lines(out)) == len(lines(whole))
+
+
+def test_fewer_updates_than_were_made_are_refused_and_change_nothing(
+    whole: Path, data: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    run.record(out, "stopped", devices="")
+    before = {path: path.read_bytes() for path in out.glob("*.json*")}
+    with pytest.raises(UserError, match="more than the 2 asked for"):
+        train(data, out, steps=2)
+    assert before == {path: path.read_bytes() for path in out.glob("*.json*")}
+
+
+def test_the_same_images_arranged_by_person_are_another_run(
+    whole: Path, faces: Path, tmp_path: Path
+):
+    for path in faces.iterdir():
+        folder = tmp_path / "people" / path.stem[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    people = prepare(tmp_path / "people", size=16, say=lambda _: None)
+    with pytest.raises(UserError, match=r"data.persons 0 → 10"):
+        train(people, whole)
+
+
+def test_a_run_among_the_images_it_learns_from_is_refused(faces: Path):
+    with pytest.raises(UserError, match="among the images"):
+        train(faces, faces / "run")
+    assert not (faces / "run").exists()
 
 
 def test_another_command_in_the_same_folder_is_refused_with_what_differs(whole: Path, data: Path):
@@ -201,8 +255,6 @@ def test_two_runs_in_one_folder_are_one_too_many(data: Path, tmp_path: Path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(data: Path, tmp_path: Path):
-    out = tmp_path / "run"
-    train(data, out, steps=2)
     with pytest.raises(DivergedError, match=r"learning-rate"):
         train(data, tmp_path / "other", learning_rate=1e30)
     assert run.status(tmp_path / "other") == "diverged"
@@ -231,6 +283,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(name: str, tmp_
 
 def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="neither empty nor a run's folder"):
-        train(data, tmp_path)
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="neither empty nor a run's folder"):
+            train(data, tmp_path, fresh=fresh)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

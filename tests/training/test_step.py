@@ -72,5 +72,10 @@ def test_the_statistics_move_by_a_hundredth_of_the_batch(state, images):
     assert jnp.all(moved < 1)
 
 
-def test_a_look_changes_nothing_and_agrees_with_itself(state, images):
-    assert equal(look(state, images, KEY), look(state, images, KEY))
+def test_a_look_goes_by_the_moving_statistics_and_not_by_the_batch(state, images):
+    here = look(state, images, KEY)
+    moved = state._replace(statistics=jax.tree.map(lambda a: a + 1, state.statistics))
+    assert here["mse"] != look(moved, images, KEY)["mse"]
+    alone = look(state, images[:1], KEY)
+    together = look(state, np.repeat(images[:1], 16, axis=0), KEY)
+    np.testing.assert_allclose(alone["kl"], together["kl"], rtol=1e-5)

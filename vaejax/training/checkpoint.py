@@ -13,7 +13,7 @@ from vaejax.training.state import TrainState
 
 
 def manager(folder: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints in `folder`, of which the newest `keep` stay.
+    """The checkpoints in `folder`, of which the newest `keep` stay; without it, to read from.
 
     Saving is synchronous: the step donates its state, and a copy in the background of a buffer
     that the next step writes over would not be the state it is said to be.
@@ -22,7 +22,9 @@ def manager(folder: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
         max_to_keep=keep,
         enable_async_checkpointing=False,
         step_format_fixed_length=7,
-        cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
+        # What a kill in the middle of a save has left. A reader must not: it may be what the run,
+        # which is alive, is writing at the moment.
+        cleanup_tmp_directories=keep is not None,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -59,8 +61,9 @@ def weights(run: Path, model: vae.VAE) -> tuple[PyTree, PyTree]:
     Raises CheckpointError where there is none yet.
     """
     folder = run / "checkpoints"
-    step = manager(folder).latest_step() if folder.is_dir() else None
-    if step is None:
+    checkpoints = manager(folder) if folder.is_dir() else None
+    step = checkpoints.latest_step() if checkpoints else None
+    if checkpoints is None or step is None:
         raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
     params, statistics = jax.eval_shape(lambda key: vae.init(model, key), jax.random.key(0))
     item = _here({"params": params, "statistics": statistics})
@@ -69,7 +72,7 @@ def weights(run: Path, model: vae.VAE) -> tuple[PyTree, PyTree]:
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    restored = manager(folder).restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    restored = checkpoints.restore(step, args=ocp.args.Composite(state=arguments))["state"]
     return restored["params"], restored["statistics"]
 
 

@@ -2,10 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Array, Key
 from vaejax.data import batches as data
 from vaejax.data.prepare import look, prepare
 from vaejax.data.records import read_report
-from vaejax.errors import DivergedError
+from vaejax.errors import DivergedError, UserError
 from vaejax.log import Metrics, Progress, duration
 from vaejax.models.vae import VAE
 from vaejax.objectives import Figures, Loss
@@ -36,6 +37,11 @@ def fit(
     being finite: the last checkpoint is then from before.
     """
     run.refuse_unwritable(config.out or run.ROOT)
+    if source.is_dir() and (config.out or run.ROOT).resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"the run's folder would lie in {source}, and its pictures among the images to learn "
+            "from: name an --out elsewhere, or start from another folder"
+        )
     if config.dry_run:
         _say_plan(name, config, recipe, source=source, model=model, loss=loss)
         return None
@@ -43,6 +49,7 @@ def fit(
     images = data.Images(prepared, "train")
     plan = schedule(recipe, images=len(images))
     print(describe(recipe, plan, model, images=len(images)))
+    report = read_report(prepared)
     settings = {
         "experiment": name,
         "model": asdict(model),
@@ -55,7 +62,8 @@ def fit(
         },
         "batch_size": recipe.batch_size,
         "seed": config.seed,
-        "data": read_report(prepared)["fingerprint"],
+        # the same images by person are split in another way
+        "data": {name: report[name] for name in ("fingerprint", "persons", "splits")},
         "schedule": {
             "recipe": recipe.name,
             "source": str(source.absolute()),
@@ -63,13 +71,18 @@ def fit(
             "images": len(images),
             "updates": plan.updates,
             "updates_per_epoch": plan.per_epoch,
+            "log_steps": config.log_steps,
+            "checkpoint_steps": config.checkpoint_steps,
+            "checkpoint_minutes": config.checkpoint_minutes,
+            "keep": config.keep,
         },
     }
     folder = run.choose(name, settings, out=config.out, fresh=config.fresh)
     with run.locked(folder), run.Stop().listening() as stop:
-        run.write(folder, "config.json", settings)
-        learn(folder, config, recipe, plan, prepared=prepared, model=model, loss=loss, stop=stop)
-    if stop.signal is not None:
+        if not (folder / "config.json").exists():
+            run.write(folder, "config.json", settings)
+        learn(folder, settings, config, recipe, plan, model=model, loss=loss, stop=stop)
+    if stop.signal is not None and run.status(folder) == "stopped":
         sys.exit(128 + stop.signal)
     return folder
 
@@ -92,11 +105,11 @@ def _say_plan(
 
 def learn(
     folder: Path,
+    settings: Mapping[str, Any],
     config: Config,
     recipe: Recipe,
     plan: Schedule,
     *,
-    prepared: Path,
     model: VAE,
     loss: Loss,
     stop: run.Stop,
@@ -105,6 +118,7 @@ def learn(
     key = jax.random.key(config.seed)
     init_key, train_key, validation_key = jax.random.split(key, 3)
     optimizer = build_adam(recipe, updates=plan.updates)
+    prepared = Path(settings["schedule"]["prepared"])
     images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
     batches = data.stream(images, batch_size=recipe.batch_size, seed=config.seed)
 
@@ -115,10 +129,17 @@ def learn(
         state = begin(init_key)
     start = int(state.step)
     if start >= plan.updates and run.status(folder) == "finished":
-        print(f"{folder} is finished: all of its {plan.updates:,} updates are done.")
+        page.write(folder)
+        print(f"{folder} is finished: {start:,} updates are done, {plan.updates:,} were asked for.")
         print(page.what_next(folder))
         return
+    if start > plan.updates:
+        raise UserError(
+            f"{folder} has made {start:,} updates already, more than the {plan.updates:,} asked "
+            "for: take more --steps or --epochs, or another --out"
+        )
 
+    run.write(folder, "config.json", settings)
     run.record(folder, "running", devices=parallel.describe())
     print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
     began = time.monotonic()
@@ -132,9 +153,9 @@ def learn(
     progress = Progress(
         updates=plan.updates, epochs=plan.epochs, batch_size=recipe.batch_size, done=start
     )
-    page.write(folder)
     saved = time.monotonic()
     with Metrics(folder, step=start) as metrics:
+        page.write(folder)
         for n in range(start, plan.updates):
             epoch, done = n // plan.per_epoch + 1, n + 1
             last = done == plan.updates
@@ -152,12 +173,14 @@ def learn(
                 album.samples(state, f"epoch-{epoch:04}-end")
                 album.reconstructions(state, f"epoch-{epoch:04}")
                 line = validate(eval_step, state, held_out, validation_key, recipe.batch_size)
+                finite(line, folder, step=done)
                 metrics.write(step=done, epoch=epoch, split="validation", figures=line)
                 progress.say(page.epoch_line(epoch, plan.epochs, line))
                 page.write(folder)
             due = last or done % config.checkpoint_steps == 0 or stop.signal is not None
             if due or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 finite(figures, folder, step=n)
+                metrics.sync()
                 checkpoint.save(checkpoints, state, batches)
                 album.curves()
                 saved = time.monotonic()
@@ -168,6 +191,7 @@ def learn(
                     f"stopped after update {done:,}, saved: the same command goes on there"
                 )
                 return
+    album.curves()
     album.faces(state)
     album.film()
     run.record(folder, "finished", devices=parallel.describe())
@@ -193,15 +217,15 @@ def validate(
     return means | {"images_per_second": len(held_out) / (time.monotonic() - began)}
 
 
-def finite(figures: Figures, folder: Path, *, step: int) -> dict[str, float]:
-    """The figures as numbers; a loss or a gradient that is none ends the run before it is saved."""
+def finite(figures: Mapping[str, Any], folder: Path, *, step: int) -> dict[str, float]:
+    """The figures as numbers; one that is none ends the run before the state is saved."""
     values = {name: float(value) for name, value in figures.items()}
-    for name in ("loss", "gradient_norm"):
-        if not np.isfinite(values[name]):
+    for name, value in values.items():
+        if not np.isfinite(value):
             run.record(folder, "diverged", devices=parallel.describe())
             page.write(folder)
             raise DivergedError(
-                f"the {name.replace('_', ' ')} is {values[name]} at step {step:,}. The checkpoints "
+                f"the {name.replace('_', ' ')} is {value} at step {step:,}. The checkpoints "
                 f"in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate, "
                 "--norm batch, or --recipe quick"
             )

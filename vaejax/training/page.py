@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 from vaejax import pictures
 from vaejax.training import run
@@ -29,12 +30,13 @@ def what_next(folder: Path) -> str:
     return (
         f"New faces are in {folder / 'faces.png'}, the film of the learning in "
         f"{folder / 'learning.mp4'}, all else in {folder / 'README.md'}.\n"
-        f"More:  vaejax sample {folder} --seeds 0-24      vaejax reconstruct {folder} IMAGE..."
+        f"More:  vaejax sample {quote(str(folder))} --seeds 0-24\n"
+        f"       vaejax reconstruct {quote(str(folder))} IMAGE..."
     )
 
 
 def write(folder: Path) -> None:
-    """Write README.md and curves.png from what lies in the folder."""
+    """Write README.md from what lies in the folder."""
     config, state = run.read(folder), run.read(folder, "run.json")
     first, last = _ends(folder / "metrics.jsonl")
     model, plan = config["model"], config["schedule"]
@@ -56,8 +58,8 @@ def write(folder: Path) -> None:
     lines += ["", _steps(columns), "", *_pictures(folder), "", "## Going on", "", "```"]
     lines += [
         f"{state['command']}     # goes on, if it is not finished",
-        f"vaejax sample {folder} --seeds 0-24",
-        f"vaejax reconstruct {folder} IMAGE...",
+        f"vaejax sample {quote(str(folder))} --seeds 0-24",
+        f"vaejax reconstruct {quote(str(folder))} IMAGE...",
         "```",
         "",
         "`config.json` is what identifies this run, `run.json` where it was made, `metrics.jsonl` "

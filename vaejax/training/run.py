@@ -36,18 +36,23 @@ def choose(name: str, settings: Mapping[str, Any], *, out: Path | None, fresh: b
         mine = [] if fresh else [f for f in numbered(name) if not _differences(f, settings)]
         return mine[-1] if mine else ROOT / f"{_next_number():05}-{name}"
     refuse_running(out)
-    if fresh and out.exists():
-        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists())
-        os.rename(out, aside)
-        print(f"{out} was kept as {aside}")
-    if out.exists() and any(out.iterdir()):
-        if not (out / "config.json").exists():
+    found = [f.name for f in out.iterdir()] if out.exists() else []
+    if "config.json" not in found:
+        # a kill in the first moment leaves the lock alone
+        if set(found) - {"run.lock"} and not all(n.startswith(".partial-") for n in found):
             raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
-        if differences := _differences(out, settings):
-            raise UserError(
-                f"cannot go on with {out}: {'; '.join(differences)} (there → in this command). "
-                "Repeat the command it was made by, name another --out, or add --fresh"
-            )
+    elif fresh:
+        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists())
+        try:
+            os.rename(out, aside)
+        except OSError as error:
+            raise UserError(f"{out} cannot be moved to {aside}: {error.strerror}") from None
+        print(f"{out} was kept as {aside}")
+    elif differences := _differences(out, settings):
+        raise UserError(
+            f"cannot go on with {out}: {'; '.join(differences)} (there → in this command). "
+            "Repeat the command it was made by, name another --out, or add --fresh"
+        )
     return out
 
 
@@ -59,7 +64,8 @@ def numbered(name: str = "*") -> list[Path]:
 def find(run: str) -> Path:
     """The folder that a person means by a path, a number or "latest"."""
     if run == "latest":
-        folders = sorted(numbered(), key=lambda f: (f / "run.json").stat().st_mtime)
+        begun = [folder for folder in numbered() if (folder / "run.json").exists()]
+        folders = sorted(begun, key=lambda f: (f / "run.json").stat().st_mtime)
         if not folders:
             raise UserError(
                 f"there is no run in {ROOT.absolute()} yet: start one, or give its path"
@@ -67,7 +73,7 @@ def find(run: str) -> Path:
         return folders[-1]
     if run.isdigit() and (matches := [f for f in numbered() if int(f.name[:5]) == int(run)]):
         return matches[-1]
-    if (Path(run) / "config.json").is_file():
+    if os.path.isfile(Path(run) / "config.json"):
         return Path(run)
     known = ", ".join(f.name for f in numbered()[-5:]) or "none"
     raise UserError(
@@ -94,6 +100,7 @@ def write(folder: Path, name: str, value: Mapping[str, Any]) -> None:
 
 def record(folder: Path, state: str, *, devices: str) -> None:
     """Write `run.json`: what a reader needs to know to believe the figures, and how it stands."""
+    config = read(folder)
     old = read(folder, "run.json") if (folder / "run.json").exists() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -101,7 +108,10 @@ def record(folder: Path, state: str, *, devices: str) -> None:
         "status": state,
         "started": old.get("started", now),
         "changed": now,
-        "command": shlex.join(["python", *sys.argv]),
+        # without --fresh, with which the same command would not go on but start anew
+        "command": shlex.join(["python", *(word for word in sys.argv if word != "--fresh")]),
+        "seed": config["seed"],
+        "data": config["data"],
         "devices": devices,
         "host": socket.gethostname(),
         "versions": {
@@ -121,9 +131,9 @@ def status(folder: Path) -> str:
 def refuse_unwritable(folder: Path) -> None:
     """Before hours are spent: can `folder` be made, and can it be written to?"""
     nearest = folder.absolute()
-    while not nearest.exists():
+    while not os.path.exists(nearest):  # Path.exists raises where it may not look
         nearest = nearest.parent
-    if not nearest.is_dir():
+    if not os.path.isdir(nearest):
         raise UserError(f"{folder} cannot be a folder: {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written: no permission for {nearest}")
@@ -157,7 +167,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_running(folder: Path) -> None:
-    """UserError where another process trains in `folder`; changes nothing."""
+    """UserError where another process trains in `folder`."""
     if (folder / "run.lock").exists():
         with locked(folder):
             pass
