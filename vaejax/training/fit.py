@@ -99,7 +99,8 @@ def _say_plan(
         print(f"{name}: {source}, prepared in {prepared}")
     plan = schedule(recipe, images=images)
     print(describe(recipe, plan, model, images=images))
-    print(forecast(config, recipe, plan, model, loss))
+    to_prepare = files if prepared is None else 0
+    print(forecast(config, recipe, plan, model, loss, to_prepare=to_prepare))
     print("a dry run: nothing was written")
 
 

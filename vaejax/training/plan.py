@@ -48,8 +48,13 @@ def describe(recipe: Recipe, plan: Schedule, model: VAE, *, images: int) -> str:
     )
 
 
-def forecast(config: Config, recipe: Recipe, plan: Schedule, model: VAE, loss: Loss) -> str:
-    """Memory, disk and time of a run on this machine; the time is that of a few real updates."""
+def forecast(
+    config: Config, recipe: Recipe, plan: Schedule, model: VAE, loss: Loss, *, to_prepare: int
+) -> str:
+    """Memory, disk and time of a run on this machine; the time is that of a few real updates.
+
+    `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
+    """
     key = jax.random.key(config.seed)
     optimizer = build_adam(recipe, updates=plan.updates)
     state = jax.jit(partial(init, model=model, optimizer=optimizer))(key)
@@ -67,12 +72,13 @@ def forecast(config: Config, recipe: Recipe, plan: Schedule, model: VAE, loss: L
         seconds.append(time.monotonic() - began)
     each = min(seconds[1:])  # the first one also warms up
     disk = round((config.keep + 1) * checkpoint + plan.epochs * PICTURES * (model.size / 64) ** 2)
+    pixels = 2 * to_prepare * model.size**2 * CHANNELS  # twice, while they are being prepared
     where = "host" if parallel.on_cpu() else "device"
     return (
         f"memory   {size(step.memory)} on the {where} for a step, {size(memory())} in this "
         f"process, of {size(psutil.virtual_memory().total)}\n"
         f"disk     at most {size(disk)}: {config.keep} checkpoints of {size(checkpoint)}, one "
-        "more while it is written, and the pictures\n"
+        f"more while it is written, and the pictures; the images {size(pixels)} more\n"
         f"time     {duration(each * plan.updates)} on {parallel.describe()}: {each:.3g} s an "
         f"update, {recipe.batch_size / each:,.0f} images/s, measured; compiled in "
         f"{duration(compiling)}"
