@@ -52,8 +52,8 @@ def maps(function, x, kernel, options):
     g = jax.random.normal(jax.random.key(2), y.shape)
     compiled = partial(jax.jit, compiler_options=options)
     forward = compiled(function)
-    dx = compiled(lambda x, w, g: jax.vjp(lambda x: function(x, w), x)[1](g))
-    dw = compiled(lambda x, w, g: jax.vjp(lambda w: function(x, w), w)[1](g))
+    dx = compiled(lambda x, w, g: jax.vjp(lambda x: function(x, w), x)[1](g)[0])
+    dw = compiled(lambda x, w, g: jax.vjp(lambda w: function(x, w), w)[1](g)[0])
     return {
         "forward": lambda: forward(x, kernel),
         "dx": lambda: dx(x, kernel, g),
