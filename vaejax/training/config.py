@@ -53,7 +53,6 @@ class Recipe:
     log_variance_bound: float | None = None
     b1: float = 0.5
     cosine_decay: bool = False  # of the learning rate, down to zero at the last update
-    clip_norm: float | None = None  # of the gradients, all of them together
 
 
 def settle(config: Config, *recipes: Recipe) -> Recipe:
@@ -101,7 +100,4 @@ def build_adam(recipe: Recipe, *, updates: int) -> optax.GradientTransformation:
     rate: optax.ScalarOrSchedule = recipe.learning_rate
     if recipe.cosine_decay:
         rate = optax.cosine_decay_schedule(recipe.learning_rate, updates)
-    adam = optax.adam(rate, b1=recipe.b1)
-    if recipe.clip_norm is None:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adam)
+    return optax.adam(rate, b1=recipe.b1)

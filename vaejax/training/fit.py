@@ -57,7 +57,6 @@ def fit(
         "optimizer": {
             "learning_rate": recipe.learning_rate,
             "b1": recipe.b1,
-            "clip_norm": recipe.clip_norm,
             "cosine_decay_updates": plan.updates if recipe.cosine_decay else None,
         },
         "batch_size": recipe.batch_size,
