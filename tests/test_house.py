@@ -17,7 +17,7 @@ ALLOWED = {
     "distributions": set(),
     "models": {"errors", "distributions"},
     "objectives": {"distributions", "models"},
-    "generate": {"models", "objectives"},
+    "generate": {"distributions", "models", "objectives"},
     "training": {
         "data", "errors", "generate", "log", "models", "objectives", "pictures", "__init__",
     },

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from vaejax.models import vae
+from vaejax.models import autoencoder, vae
 from vaejax.objectives import report, to_float, to_uint8
 
 MODEL = vae.VAE(size=16, latent_dim=4, width=1)
 
 
-encode = jax.jit(partial(vae.encode, MODEL))
-decode = jax.jit(partial(vae.decode, MODEL))
+encode = jax.jit(partial(autoencoder.encode, MODEL))
+decode = jax.jit(partial(autoencoder.decode, MODEL))
 evaluate = jax.jit(partial(report, model=MODEL, train=False), static_argnames="kl_weight")
 
 
@@ -25,7 +25,7 @@ def images(draw) -> jax.Array:
 
 
 def weights(model: vae.VAE = MODEL):
-    params, statistics = jax.jit(vae.init, static_argnums=0)(model, jax.random.key(0))
+    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
     # biases away from zero: a gradient must not be right by an accident of the initialisation
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     move = lambda leaf: leaf + 0.05 * jax.random.normal(next(keys), leaf.shape)  # noqa: E731
@@ -39,12 +39,12 @@ def test_every_level_survives_the_way_to_float_and_back():
 
 def test_loss_is_mse_and_weighted_kl_by_their_definitions(images):
     params, statistics = weights()
-    key = jax.random.key(2)
-    loss, (figures, _) = evaluate(params, statistics, images, key, kl_weight=0.01)
+    keys = jax.random.split(jax.random.key(2), 4)
+    loss, (figures, _) = evaluate(params, statistics, images, keys, kl_weight=0.01)
     x = np.asarray(images, np.float64) / 255
     posterior, _ = encode(params, statistics, jnp.asarray(x, jnp.float32))
     mean, log_variance = (np.asarray(a, np.float64) for a in posterior)
-    noise = np.asarray(jax.random.normal(key, mean.shape))
+    noise = np.stack([np.asarray(jax.random.normal(key, (4,))) for key in keys])
     z = mean + np.exp(log_variance / 2) * noise
     output, _ = decode(params, statistics, jnp.asarray(z, jnp.float32))
     mse = np.mean((x - np.asarray(output)) ** 2)
@@ -56,7 +56,8 @@ def test_loss_is_mse_and_weighted_kl_by_their_definitions(images):
 
 def test_figures_in_nats_keep_their_identities(images):
     params, statistics = weights()
-    _, (f, _) = evaluate(params, statistics, images, jax.random.key(2), kl_weight=0.02)
+    keys = jax.random.split(jax.random.key(2), 4)
+    _, (f, _) = evaluate(params, statistics, images, keys, kl_weight=0.02)
     values = 16 * 16 * 3
     np.testing.assert_allclose(f["rate"], 4 * f["kl"], rtol=1e-5)
     np.testing.assert_allclose(f["elbo"], -(f["distortion"] + f["rate"]), rtol=1e-6)
@@ -71,8 +72,8 @@ def test_an_image_does_not_learn_from_the_others_under_the_frozen_norm(images):
     params, statistics = weights()
 
     def distance(x):
-        posterior, _ = vae.encode(MODEL, params, statistics, x, train=True)
-        output, _ = vae.decode(MODEL, params, statistics, posterior.mean, train=True)
+        posterior, _ = autoencoder.encode(MODEL, params, statistics, x, train=True)
+        output, _ = autoencoder.decode(MODEL, params, statistics, posterior.mean, train=True)
         return jnp.sum((x - output)[0] ** 2)
 
     gradient = jax.jit(jax.grad(distance))(to_float(images))
@@ -98,7 +99,9 @@ def test_gradient_of_the_whole_loss_is_right(model: vae.VAE):
         params, statistics = jax.tree.map(lambda a: a.astype(jnp.float64), weights(model))
         loss = partial(report, model=model, kl_weight=0.01, train=True)
 
+        keys = jax.random.split(jax.random.key(0), 4)
+
         def value(params):
-            return loss(params, statistics, jnp.asarray(images), jax.random.key(0))[0]
+            return loss(params, statistics, jnp.asarray(images), keys)[0]
 
         check_grads(jax.jit(value), (params,), 1, modes=["rev"], rtol=1e-6, atol=1e-6, eps=1e-6)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -16,6 +16,8 @@ from vaejax.errors import UserError, VaejaxError
 
 if TYPE_CHECKING:
     from vaejax.training.config import Config
+
+Flags = TypeVar("Flags", bound="Config")
 
 # JAX and the rest are imported by the commands that need them: --help and a mistake answer at once.
 
@@ -65,9 +67,15 @@ def sample(command: Sample) -> None:
     from vaejax import generate, pictures
 
     model, params, statistics = load(command.run)
+    if not model.has_prior:
+        raise UserError(
+            f"{command.run} is a {model.title}, which has no prior to draw new faces from: see "
+            f"what it makes of yours with `vaejax reconstruct {command.run} IMAGE...`, or train a "
+            "VAE with experiments/anime.py"
+        )
     faces = []
     for some in (seeds[i : i + 100] for i in range(0, len(seeds), 100)):
-        z = generate.latents(some, latent_dim=model.latent_dim)
+        z = generate.latents(some, latent_dim=model.code[0])
         faces.append(np.asarray(generate.decode(params, statistics, z, model=model)))
     columns = max(1, round(len(seeds) ** 0.5))
     pictures.save(command.out, pictures.grid(np.concatenate(faces), columns=columns))
@@ -107,15 +115,12 @@ def reconstruct(command: Reconstruct) -> None:
 
 def load(name: str):
     """The model, parameters and statistics of a run, as a person names it."""
-    from vaejax.models.vae import VAE
+    from vaejax.models import autoencoder
     from vaejax.training import checkpoint, parallel, run
 
     folder = run.find(name)
     parallel.configure()
-    try:
-        model = VAE(**run.read(folder)["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} does not describe a VAE: {error}") from None
+    model = autoencoder.build(run.read(folder).get("model", {}))
     return model, *checkpoint.weights(folder, model)
 
 
@@ -163,9 +168,7 @@ def for_people() -> Iterator[None]:
         sys.exit(1)
 
 
-def experiment(
-    main: Callable[["Config"], None], config: type["Config"], description: str | None
-) -> None:
+def experiment(main: Callable[[Flags], None], config: type[Flags], description: str | None) -> None:
     """Run an experiment's `main` on the flags of the command line."""
     from vaejax.training import parallel
 

@@ -13,24 +13,28 @@ LEVELS = 256  # an image's values are uint8, 0..255
 class Normal(NamedTuple):
     """Independent normals over the latent dimensions: the posterior q(z|x)."""
 
-    mean: Float[Array, "b d"]
-    log_variance: Float[Array, "b d"]
+    mean: Float[Array, "*b d"]
+    log_variance: Float[Array, "*b d"]
 
-    def sample(self, key: Key[Array, ""]) -> Float[Array, "b d"]:
-        """z = mean + sigma * eps, differentiable in both (Kingma and Welling, 2014, 2.4)."""
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "*b d"]:
+        """z = mean + sigma * eps, differentiable in both (Kingma and Welling, 2014, 2.4).
+
+        For noise that an image keeps in whatever batch, on whatever device it stands, give each
+        image a key of its own: `jax.vmap(Normal.sample)(posterior, keys)`.
+        """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(self.log_variance / 2) * noise
 
-    def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
+    def log_prob(self, z: Float[Array, "*b d"]) -> Float[Array, " *b"]:
         """log q(z|x), nats per image."""
         squares = (z - self.mean) ** 2 * jnp.exp(-self.log_variance)
         return -0.5 * jnp.sum(squares + self.log_variance + jnp.log(2 * jnp.pi), axis=-1)
 
     @property
-    def mode(self) -> Float[Array, "b d"]:
+    def mode(self) -> Float[Array, "*b d"]:
         return self.mean
 
-    def kl(self) -> Float[Array, "b d"]:
+    def kl(self) -> Float[Array, "*b d"]:
         """KL(q || N(0, 1)) of each dimension, nats (Kingma and Welling, 2014, appendix B)."""
         # expm1 keeps the digits where the log-variance is near zero, as it is at the start
         return 0.5 * (self.mean**2 + jnp.expm1(self.log_variance) - self.log_variance)

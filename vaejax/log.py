@@ -98,7 +98,7 @@ class Progress:
         parts = [
             f"epoch {epoch}/{self._epochs}",
             f"step {done:,}/{self._updates:,}",
-            *(f"{name} {figures[name]:.5f}" for name in ("loss", "mse", "kl")),
+            *(f"{n} {figures[n]:.5f}" for n in ("loss", "mse", "kl") if n in figures),
             f"{figures['images_per_second']:,.0f} images/s",
             f"{duration(left)} left",
             f"RAM {size(memory())}",

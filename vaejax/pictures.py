@@ -101,19 +101,22 @@ def film(
 
 
 def curves(metrics: Path, path: Path) -> None:
-    """Loss, mse and kl, and bits per dimension, over the steps of a `metrics.jsonl`."""
+    """Loss, mse, kl and bits per dimension, as far as a `metrics.jsonl` has them, by step."""
     lines: dict[str, list[dict]] = {"train": [], "validation": []}
     with metrics.open() as file:
         for line in map(json.loads, file):
             lines[line["split"]].append(line)
-    figure = Figure(figsize=(10, 6), layout="constrained", dpi=120)
     panels = [
         ("loss", "loss", "log"),
         ("mse", "mse (mean squared error)", "log"),
         ("kl", "kl (nats per latent dimension)", "log"),
         ("bits_per_dim", "bits per dimension", "linear"),
     ]
-    for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    panels = [p for p in panels if any(p[0] in line for split in lines.values() for line in split)]
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained", dpi=120)
+    places = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, (name, label, scale) in zip(places, panels, strict=False):
         for split, style in (("train", {"alpha": 0.5, "lw": 1}), ("validation", {"marker": "."})):
             points = [(p["step"], p[name]) for p in lines[split] if name in p]
             if points:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaejax.errors import UserError
-from vaejax.models import summary, vae
+from vaejax.models import autoencoder, summary, vae
 
 SMALL = vae.VAE(size=16, latent_dim=4, width=1)
 
@@ -85,7 +85,7 @@ def test_every_layer_at_256_pixels_is_the_reports():
 )
 def test_arrays_of_the_model_count_as_the_report_counts(size: int, parameters: int, moving: int):
     model = vae.VAE(size=size)
-    shapes = jax.eval_shape(partial(vae.init, model), jax.random.key(0))
+    shapes = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
     assert summary.count(shapes) == parameters
     assert summary.count(shapes[1]) == moving
 
@@ -112,7 +112,7 @@ def test_an_admitted_size_comes_back_as_it_went_in(size: int):
 
 def weights(model: vae.VAE):
     """Away from zero, so that no bias or statistic can be forgotten unseen."""
-    params, statistics = jax.jit(vae.init, static_argnums=0)(model, jax.random.key(0))
+    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda a: a + random.normal(0, 0.1, a.shape).astype("f"), params)
     statistics = jax.tree.map(lambda a: a + random.uniform(0, 1, a.shape).astype("f"), statistics)
@@ -166,18 +166,18 @@ def test_encoder_and_decoder_agree_with_the_recipe_in_plain_flax():
     }
     mean, log_variance = jax.jit(PlainEncoder().apply)(variables["encoder"], x)
     output = jax.jit(PlainDecoder().apply)(variables["decoder"], z)
-    posterior, _ = jax.jit(partial(vae.encode, SMALL))(params, statistics, x)
+    posterior, _ = jax.jit(partial(autoencoder.encode, SMALL))(params, statistics, x)
     np.testing.assert_allclose(posterior.mean, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(posterior.log_variance, log_variance, rtol=1e-4, atol=1e-5)
-    ours, _ = jax.jit(partial(vae.decode, SMALL))(params, statistics, z)
+    ours, _ = jax.jit(partial(autoencoder.decode, SMALL))(params, statistics, z)
     np.testing.assert_allclose(ours, output, rtol=1e-4, atol=1e-5)
 
 
 def run_encoder(norm: str, *, train: bool):
     model = vae.VAE(size=16, latent_dim=4, width=1, norm=norm)
-    params, statistics = jax.jit(vae.init, static_argnums=0)(model, jax.random.key(0))
+    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
-    encode = jax.jit(partial(vae.encode, model, train=train))
+    encode = jax.jit(partial(autoencoder.encode, model, train=train))
     posterior, after = encode(params, statistics, x)
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), statistics, after)
     return posterior, same
@@ -201,15 +201,17 @@ def test_the_batch_norm_moves_the_encoders_statistics_in_training_alone():
 
 def test_a_bounded_log_variance_stays_below_its_bound():
     model = vae.VAE(size=16, latent_dim=4, width=1, log_variance_bound=2.0)
-    params, statistics = jax.jit(vae.init, static_argnums=0)(model, jax.random.key(0))
+    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
     params["encoder"]["log_variance"]["layer"]["bias"] += 1e6
-    posterior, _ = jax.jit(partial(vae.encode, model))(params, statistics, jnp.ones((2, 16, 16, 3)))
+    posterior, _ = jax.jit(partial(autoencoder.encode, model))(
+        params, statistics, jnp.ones((2, 16, 16, 3))
+    )
     assert jnp.all(posterior.log_variance <= 2)
     assert jnp.all(posterior.log_variance > 1.9)
 
 
 def test_an_untrained_posterior_is_nearly_the_prior():
-    params, statistics = jax.jit(vae.init, static_argnums=0)(SMALL, jax.random.key(0))
+    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(SMALL, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
-    posterior, _ = jax.jit(partial(vae.encode, SMALL))(params, statistics, x)
+    posterior, _ = jax.jit(partial(autoencoder.encode, SMALL))(params, statistics, x)
     assert 0 < jnp.mean(posterior.kl()) < 0.2

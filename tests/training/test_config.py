@@ -1,37 +1,71 @@
 """A recipe fills in what no flag says, a flag wins, and values that cannot be are refused."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vaejax import objectives
 from vaejax.errors import UserError
-from vaejax.training.config import Config, Recipe, build_adam, build_vae, settle
+from vaejax.models.vae import VAE
+from vaejax.training.config import Config, Recipe, build_adam, describe_loss, settle
 
-REPORT = Recipe("report", epochs=150)
-QUICK = Recipe("quick", epochs=3, latent_dim=8, norm="batch", width=4)
+REPORT = Recipe("report", VAE(), partial(objectives.report, kl_weight=0.01), epochs=150)
+QUICK = Recipe(
+    "quick",
+    VAE(latent_dim=8, width=4, norm="batch"),
+    partial(objectives.report, kl_weight=0.002),
+    epochs=3,
+)
+
+
+@dataclass(frozen=True)
+class Flags(Config):
+    kl_weight: float | None = None
+    latent_dim: int | None = None
+    norm: str | None = None
 
 
 def test_own_data_take_the_reports_recipe_and_drawn_faces_the_quick_one():
-    assert settle(Config(data=Path("faces")), REPORT, QUICK) == REPORT
-    assert settle(Config(), REPORT, QUICK) == QUICK
-    assert settle(Config(data=Path("faces"), recipe="quick"), REPORT, QUICK) == QUICK
-    assert settle(Config(recipe="report"), REPORT, QUICK) == REPORT
+    for config, recipe in [
+        (Flags(data=Path("faces")), REPORT),
+        (Flags(), QUICK),
+        (Flags(data=Path("faces"), recipe="quick"), QUICK),
+        (Flags(recipe="report"), REPORT),
+    ]:
+        settled = settle(config, REPORT, QUICK)
+        assert (settled.name, settled.model) == (recipe.name, recipe.model)
+        assert describe_loss(settled) == describe_loss(recipe)
 
 
-def test_the_reports_recipe_is_the_reports():
-    assert (REPORT.batch_size, REPORT.learning_rate, REPORT.b1) == (128, 1e-4, 0.5)
-    assert (REPORT.kl_weight, REPORT.latent_dim, REPORT.norm) == (0.01, 512, "frozen")
+def test_a_recipe_that_an_experiment_does_not_have_is_refused():
+    assert settle(Flags(), REPORT).name == "report"
+    with pytest.raises(UserError, match="--recipe quick: this experiment has the recipe report"):
+        settle(Flags(recipe="quick"), REPORT)
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("epochs", 7), ("steps", 5), ("batch_size", 9), ("learning_rate", 0.5), ("kl_weight", 0.0)]
-    + [("latent_dim", 3), ("norm", "batch")],
+    [("epochs", 7), ("steps", 5), ("batch_size", 9), ("learning_rate", 0.5)],
 )
 def test_a_flag_wins_over_the_recipe(flag: str, value: object):
-    assert getattr(settle(Config(**{flag: value}), REPORT, QUICK), flag) == value
+    assert getattr(settle(Flags(**{flag: value}), REPORT, QUICK), flag) == value
+
+
+@pytest.mark.parametrize(("flag", "value"), [("latent_dim", 3), ("norm", "frozen"), ("size", 32)])
+def test_a_flag_wins_over_the_recipes_model(flag: str, value: object):
+    recipe = settle(Flags(**{flag: value}), REPORT, QUICK)
+    assert getattr(recipe.model, flag) == value
+    assert recipe.model.width == 4
+
+
+def test_a_flag_wins_over_the_recipes_loss():
+    recipe = settle(Flags(kl_weight=0.0), REPORT, QUICK)
+    assert describe_loss(recipe) == {"kind": "report", "kl_weight": 0.0}
+    assert recipe.loss.func is objectives.report
 
 
 @pytest.mark.parametrize(
@@ -43,17 +77,17 @@ def test_a_flag_wins_over_the_recipe(flag: str, value: object):
 )
 def test_a_value_that_cannot_be_is_refused_by_its_flag(flag: str, value: object):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} {value}"):
-        settle(Config(**{flag: value}), REPORT, QUICK)
+        settle(Flags(**{flag: value}), REPORT, QUICK)
 
 
-def test_the_model_is_built_as_the_recipe_has_it():
-    model = build_vae(QUICK, size=32)
-    assert (model.size, model.latent_dim, model.norm, model.width) == (32, 8, "batch", 4)
+def test_a_size_that_the_layers_do_not_admit_is_refused():
+    with pytest.raises(UserError, match="take a multiple of 16, the nearest is 48 or 64"):
+        settle(Flags(size=60), REPORT, QUICK)
 
 
 def test_the_cosine_begins_at_the_learning_rate_and_ends_at_zero():
     gradient = {"w": jnp.full(4, 1e3)}
-    decaying = Recipe("r", epochs=1, learning_rate=0.1, cosine_decay=True)
+    decaying = Recipe("r", VAE(), QUICK.loss, epochs=1, learning_rate=0.1, cosine_decay=True)
     adam = build_adam(decaying, updates=10)
     state, sizes = adam.init(gradient), []
     for _ in range(11):

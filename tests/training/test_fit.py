@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,24 @@ from vaejax.data.prepare import prepare
 from vaejax.errors import CheckpointError, DivergedError, UserError
 from vaejax.models.vae import VAE
 from vaejax.training import checkpoint, run
-from vaejax.training.config import Config, Recipe, build_vae, settle
+from vaejax.training.config import Config, Recipe, settle
 from vaejax.training.fit import fit
 
+MODEL = VAE(size=16, latent_dim=4, width=1, norm="batch")
 RECIPE = Recipe(
-    "quick", epochs=3, batch_size=8, latent_dim=4, width=1, learning_rate=1e-3, norm="batch"
+    "quick",
+    MODEL,
+    partial(objectives.report, kl_weight=0.01),
+    epochs=3,
+    batch_size=8,
+    learning_rate=1e-3,
 )
+
+
+@dataclass(frozen=True)
+class Flags(Config):
+    latent_dim: int | None = None
+
 
 # the same run as a program, to be killed
 PROGRAM = """
@@ -43,11 +56,8 @@ def data(faces: Path) -> Path:
 
 
 def train(data: Path, out: Path | None, **flags: object) -> Path | None:
-    config = Config(data=data, recipe="quick", out=out, log_steps=2, **flags)
-    recipe = settle(config, RECIPE)
-    model = build_vae(recipe, size=16)
-    loss = partial(objectives.report, model=model, kl_weight=recipe.kl_weight)
-    return fit("tiny", config, recipe, source=data, model=model, loss=loss)
+    config = Flags(data=data, recipe="quick", out=out, log_steps=2, **flags)
+    return fit("tiny", config, settle(config, RECIPE))
 
 
 def digest(folder: Path) -> str:
@@ -259,7 +269,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(data: Path, t
         train(data, tmp_path / "other", learning_rate=1e30)
     assert run.status(tmp_path / "other") == "diverged"
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        checkpoint.weights(tmp_path / "other", VAE(size=16, latent_dim=4, width=1))
+        checkpoint.weights(tmp_path / "other", MODEL)
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(

@@ -11,7 +11,7 @@ import pytest
 from vaejax.models import vae
 from vaejax.objectives import report
 from vaejax.training.state import TrainState, init
-from vaejax.training.step import eval_step, train_step
+from vaejax.training.step import eval_step, image_keys, train_step
 
 MODEL = vae.VAE(size=16, latent_dim=4, width=2, norm="batch")
 OPTIMIZER = optax.adam(3e-3)
@@ -58,9 +58,9 @@ def test_the_noise_of_an_update_comes_from_its_number_and_the_key(state, images)
 
 
 def test_the_figures_are_of_the_state_before_the_update(state, images):
-    key = jax.random.fold_in(KEY, state.step)
+    keys = image_keys(jax.random.fold_in(KEY, state.step), len(images))
     _, figures = step(state, images, KEY)
-    loss, _ = jax.jit(partial(LOSS, train=True))(state.params, state.statistics, images, key)
+    loss, _ = jax.jit(partial(LOSS, train=True))(state.params, state.statistics, images, keys)
     np.testing.assert_allclose(figures["loss"], loss, rtol=1e-5)
 
 

@@ -12,17 +12,17 @@ from vaejax.models.convolution import convolve, convolve_transposed
 Norm = Literal["batch", "frozen"]
 Activation = Callable[[jax.Array], jax.Array]
 
-KERNEL_SIZE = 5
 glorot = nn.initializers.glorot_uniform()
 
 
 class Convolution(nn.Module):
     features: int
     stride: int = 1
+    kernel_size: int = 5
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
-        shape = (KERNEL_SIZE, KERNEL_SIZE, x.shape[-1], self.features)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", glorot, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, -1)
@@ -34,11 +34,12 @@ class Convolution(nn.Module):
 class TransposedConvolution(nn.Module):
     features: int
     stride: int = 1
+    kernel_size: int = 5
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
         # outputs before inputs, as in Keras: it is the kernel of the convolution it transposes
-        shape = (KERNEL_SIZE, KERNEL_SIZE, self.features, x.shape[-1])
+        shape = (self.kernel_size, self.kernel_size, self.features, x.shape[-1])
         kernel = self.param("kernel", glorot, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return convolve_transposed(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, -1)
@@ -71,6 +72,7 @@ class Block(nn.Module):
     layer: Callable[..., nn.Module]  # builds it, so that its parameters lie within the block's
     activation: Activation
     norm: Norm | None = None
+    axis: str | None = None  # the devices whose images make one batch, under `jax.pmap`
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
@@ -78,7 +80,9 @@ class Block(nn.Module):
         if self.norm is None:
             return x
         moving = self.norm == "frozen" or not train
-        return nn.BatchNorm(moving, momentum=0.99, epsilon=1e-3, name="norm")(x)
+        axis = None if moving else self.axis
+        norm = nn.BatchNorm(moving, momentum=0.99, epsilon=1e-3, axis_name=axis, name="norm")
+        return norm(x)
 
     def __str__(self) -> str:
         return str(self.layer(parent=None)) + (" + BN" if self.norm else "")

@@ -1,14 +1,13 @@
 """The table of a model: each layer's output and parameters, in the order in which they run."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from vaejax.models import vae
-from vaejax.models.layers import Block
+from vaejax.models.autoencoder import Autoencoder, branches, init
 
 
 class Row(NamedTuple):
@@ -24,19 +23,18 @@ def count(tree: PyTree) -> int:
 
 
 def rows(module: nn.Module, inputs: jax.ShapeDtypeStruct) -> list[Row]:
-    """A row for each block of the module; nothing is computed but shapes."""
+    """A row for each layer of the module; nothing is computed but shapes."""
     found: list[Row] = []
 
     def interceptor(call, args, kwargs, context):
         output = call(*args, **kwargs)
-        block = context.module
-        if isinstance(block, Block) and context.method_name == "__call__":
-            variables = block.variables
-            norm = count((variables["params"].get("norm", {}), variables.get("batch_stats", {})))
-            own = count(variables["params"]["layer"])
-            found.append(
-                Row(block.name or "", str(block), output.shape[1:], (own, norm) if norm else (own,))
-            )
+        layer = context.module
+        if context.method_name == "__call__" and len(layer.path) == 1:
+            params = layer.variables.get("params", {})
+            norm = count((params.get("norm", {}), layer.variables.get("batch_stats", {})))
+            own = count(params.get("layer", {}))
+            parameters = tuple(n for n in (own, norm) if n)
+            found.append(Row(layer.name or "", str(layer), output.shape[1:], parameters))
         return output
 
     def run(key, x):
@@ -47,23 +45,19 @@ def rows(module: nn.Module, inputs: jax.ShapeDtypeStruct) -> list[Row]:
     return found
 
 
-def table(model: vae.VAE) -> str:
+def table(model: Autoencoder) -> str:
     """The report's tables: the encoder's layers, the decoder's, and the totals."""
-    image = jax.ShapeDtypeStruct((1, model.size, model.size, vae.CHANNELS), jnp.float32)
-    latent = jax.ShapeDtypeStruct((1, model.latent_dim), jnp.float32)
     lines = []
-    for name, module, inputs in (
-        ("Encoder", vae.Encoder(model), image),
-        ("Decoder", vae.Decoder(model), latent),
-    ):
-        lines.append(f"{name:<42}{'output':>12}{'parameters':>20}")
-        for row in rows(module, inputs):
+    for branch, (module, inputs) in branches(model).items():
+        layers = rows(module, inputs)
+        lines.append(f"{branch.capitalize():<42}{'output':>12}{'parameters':>20}")
+        for row in layers:
             output = "×".join(map(str, row.output))
             parameters = " + ".join(f"{n:,}" for n in row.parameters)
             lines.append(f"  {row.name:<14}{row.layer:<26}{output:>12}{parameters:>20}")
-        total = sum(sum(row.parameters) for row in rows(module, inputs))
+        total = sum(sum(row.parameters) for row in layers)
         lines.append(f"{'':<42}{'total':>12}{total:>20,}")
-    params, statistics = jax.eval_shape(lambda key: vae.init(model, key), jax.random.key(0))
+    params, statistics = jax.eval_shape(partial(init, model), jax.random.key(0))
     trainable, moving = count(params), count(statistics)
     lines.append(
         f"{trainable + moving:,} parameters: {trainable:,} trainable, {moving:,} moving statistics"

@@ -1,5 +1,6 @@
 """Checkpoints of the state and the position in the data, together. The only user of Orbax."""
 
+from functools import partial
 from pathlib import Path
 
 import grain
@@ -8,7 +9,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from vaejax.errors import CheckpointError
-from vaejax.models import vae
+from vaejax.models import autoencoder
 from vaejax.training.state import TrainState
 
 
@@ -55,7 +56,7 @@ def restore(
     return checkpoints.restore(step, args=arguments)["state"]
 
 
-def weights(run: Path, model: vae.VAE) -> tuple[PyTree, PyTree]:
+def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
     """The newest parameters and statistics of a run, without the optimiser's share.
 
     Raises CheckpointError where there is none yet.
@@ -65,7 +66,7 @@ def weights(run: Path, model: vae.VAE) -> tuple[PyTree, PyTree]:
     step = checkpoints.latest_step() if checkpoints else None
     if checkpoints is None or step is None:
         raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
-    params, statistics = jax.eval_shape(lambda key: vae.init(model, key), jax.random.key(0))
+    params, statistics = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
     item = _here({"params": params, "statistics": statistics})
     arguments = ocp.args.PyTreeRestore(
         item=item,

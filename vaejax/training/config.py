@@ -1,30 +1,33 @@
 """What a person may say about a run, and the recipes that fill in what they leave unsaid."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
 from vaejax.errors import UserError
-from vaejax.models.layers import Norm
-from vaejax.models.vae import VAE
+from vaejax.models.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
 class Config:
-    """The flags of every experiment. What stays None is the recipe's."""
+    """The flags of every experiment; one of them may add its own. What stays None is the recipe's.
+
+    A flag is named after what it sets: a field of the recipe or of its model, or an argument of its
+    loss.
+    """
 
     data: Path | None = None  # folder or zip of faces, or a prepared set (none: the drawn faces)
     recipe: Literal["report", "quick"] | None = None  # with --data the report's, without it quick
     out: Path | None = None  # the run's folder (none: the next runs/NNNNN-name)
+    size: int | None = None  # height and width that the images are brought to, pixels
     epochs: int | None = None  # passes over the training images
     steps: int | None = None  # a bound on the updates: whichever of the two comes first
     batch_size: int | None = None  # images an update
     learning_rate: float | None = None  # Adam's
-    kl_weight: float | None = None  # loss = mse + kl_weight * kl, both means
-    latent_dim: int | None = None  # numbers that describe a face
-    norm: Norm | None = None  # "frozen": what the report really trained; "batch": real batch norm
     seed: int = 0  # of the weights, the noise, and the order of the images
     log_steps: int = 10  # updates between two lines of metrics.jsonl
     checkpoint_steps: int = 500  # updates between two checkpoints, and
@@ -37,22 +40,30 @@ class Config:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that belong together. The defaults are the report's."""
+    """Settings that belong together. Adam's are the report's, unless they are given."""
 
     name: str
+    model: Autoencoder
+    loss: partial  # of one of `objectives`, with its settings as keywords
     epochs: int
     steps: int | None = None
     batch_size: int = 128
     learning_rate: float = 1e-4
-    kl_weight: float = 0.01
-    latent_dim: int = 512
-    norm: Norm = "frozen"
-    # from here on what no flag changes
-    width: int = 32
-    output_norm: bool = True
-    log_variance_bound: float | None = None
     b1: float = 0.5
     cosine_decay: bool = False  # of the learning rate, down to zero at the last update
+
+
+Range = tuple[Callable[[Any], bool], str]
+COUNT: Range = (lambda value: value >= 1, "at least 1")
+WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
+POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("epochs", "steps", "batch_size", "latent_dim", "keep"), COUNT),
+    **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
+    **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
+    **dict.fromkeys(("learning_rate", "checkpoint_minutes"), POSITIVE),
+    "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
+}
 
 
 def settle(config: Config, *recipes: Recipe) -> Recipe:
@@ -60,39 +71,31 @@ def settle(config: Config, *recipes: Recipe) -> Recipe:
 
     Raises UserError, with the flag's name, for a value that cannot be.
     """
-    for flag in ("epochs", "steps", "batch_size", "latent_dim", "log_steps", "checkpoint_steps"):
-        _refuse(config, flag, lambda value: value >= 1, "at least 1")
-    _refuse(config, "keep", lambda value: value >= 1, "at least 1")
-    _refuse(config, "seed", lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294")
-    _refuse(config, "kl_weight", lambda value: 0 <= value < float("inf"), "at least 0")
-    for flag in ("learning_rate", "checkpoint_minutes"):
-        _refuse(config, flag, lambda value: 0 < value < float("inf"), "more than 0")
-    name = config.recipe or ("report" if config.data else "quick")
-    recipe = next(recipe for recipe in recipes if recipe.name == name)
-    given = {
-        field.name: value
-        for field in fields(recipe)
-        if field.name != "name" and (value := getattr(config, field.name, None)) is not None
-    }
-    return replace(recipe, **given)
-
-
-def _refuse(config: Config, name: str, admits, range_: str) -> None:
-    value = getattr(config, name)
-    if value is not None and not admits(value):
-        raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
-
-
-def build_vae(recipe: Recipe, *, size: int) -> VAE:
-    """The report's VAE at `size` pixels, as the recipe has it."""
-    return VAE(
-        size=size,
-        latent_dim=recipe.latent_dim,
-        width=recipe.width,
-        norm=recipe.norm,
-        output_norm=recipe.output_norm,
-        log_variance_bound=recipe.log_variance_bound,
+    given = {f.name: v for f in fields(config) if (v := getattr(config, f.name)) is not None}
+    for name, value in given.items():
+        admits, words = RANGES.get(name, (lambda _: True, ""))
+        if not admits(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {words}")
+    wanted = config.recipe or ("report" if config.data or len(recipes) == 1 else "quick")
+    chosen = next((recipe for recipe in recipes if recipe.name == wanted), None)
+    if chosen is None:
+        known = " and ".join(recipe.name for recipe in recipes)
+        raise UserError(f"--recipe {wanted}: this experiment has the recipe {known} alone")
+    settings = {**chosen.loss.keywords, **_among(given, chosen.loss.keywords)}
+    model = replace(chosen.model, **_among(given, [f.name for f in fields(chosen.model)]))
+    own = [f.name for f in fields(chosen) if f.name not in ("name", "model", "loss")]
+    return replace(
+        chosen, model=model, loss=partial(chosen.loss.func, **settings), **_among(given, own)
     )
+
+
+def _among(given: dict[str, Any], names: Any) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
+
+
+def describe_loss(recipe: Recipe) -> dict[str, Any]:
+    """The loss as JSON."""
+    return {"kind": recipe.loss.func.__name__, **recipe.loss.keywords}
 
 
 def build_adam(recipe: Recipe, *, updates: int) -> optax.GradientTransformation:

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,47 +12,53 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from vaejax.data import batches as data
+from vaejax.data.demo import drawn_faces
 from vaejax.data.prepare import look, prepare
 from vaejax.data.records import read_report
 from vaejax.errors import DivergedError, UserError
 from vaejax.log import Metrics, Progress, duration
-from vaejax.models.vae import VAE
+from vaejax.models import autoencoder
 from vaejax.objectives import Figures, Loss
 from vaejax.training import checkpoint, page, parallel, run
 from vaejax.training.album import Album
-from vaejax.training.config import Config, Recipe, build_adam
+from vaejax.training.config import Config, Recipe, build_adam, describe_loss
 from vaejax.training.plan import Schedule, describe, forecast, schedule
 from vaejax.training.state import TrainState, init
 
 
-def fit(
-    name: str, config: Config, recipe: Recipe, *, source: Path, model: VAE, loss: Loss
-) -> Path | None:
+def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     """Prepare the data, train the model, and leave a run's folder; the same call resumes it.
 
-    With `dry_run` it only says what it would do, and there is no folder.
+    Without data of its own it learns from the drawn faces. With `dry_run` it only says what it
+    would do, and there is no folder.
 
     Raises UserError before any work for what cannot be done, DivergedError when the loss stops
     being finite: the last checkpoint is then from before.
     """
     run.refuse_unwritable(config.out or run.ROOT)
+    source, model = config.data or drawn_faces(), recipe.model
+    loss = partial(recipe.loss, model=model)
+    if config.data is None:
+        print(
+            f"No --data: learning from the drawn faces that ship with vaejax, {recipe.name} recipe."
+        )
     if source.is_dir() and (config.out or run.ROOT).resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"the run's folder would lie in {source}, and its pictures among the images to learn "
             "from: name an --out elsewhere, or start from another folder"
         )
     if config.dry_run:
-        _say_plan(name, config, recipe, source=source, model=model, loss=loss)
+        _say_plan(name, config, recipe, source=source, loss=loss)
         return None
     prepared = prepare(source, size=model.size, allow_refused=config.allow_refused)
     images = data.Images(prepared, "train")
     plan = schedule(recipe, images=len(images))
-    print(describe(recipe, plan, model, images=len(images)))
+    print(describe(recipe, plan, images=len(images)))
     report = read_report(prepared)
     settings = {
         "experiment": name,
-        "model": asdict(model),
-        "loss": {"kl_weight": recipe.kl_weight},
+        "model": autoencoder.describe(model),
+        "loss": describe_loss(recipe),
         "optimizer": {
             "learning_rate": recipe.learning_rate,
             "b1": recipe.b1,
@@ -80,16 +85,14 @@ def fit(
     with run.locked(folder), run.Stop().listening() as stop:
         if not (folder / "config.json").exists():
             run.write(folder, "config.json", settings)
-        learn(folder, settings, config, recipe, plan, model=model, loss=loss, stop=stop)
+        learn(folder, settings, config, recipe, plan, loss=loss, stop=stop)
     if stop.signal is not None and run.status(folder) == "stopped":
         sys.exit(128 + stop.signal)
     return folder
 
 
-def _say_plan(
-    name: str, config: Config, recipe: Recipe, *, source: Path, model: VAE, loss: Loss
-) -> None:
-    prepared, files = look(source, size=model.size)
+def _say_plan(name: str, config: Config, recipe: Recipe, *, source: Path, loss: Loss) -> None:
+    prepared, files = look(source, size=recipe.model.size)
     if prepared is None:
         images = round(0.9 * files)
         print(f"{name}: {source}, {files:,} files that are not prepared yet; 90 % for training")
@@ -97,9 +100,9 @@ def _say_plan(
         images = len(data.Images(prepared, "train"))
         print(f"{name}: {source}, prepared in {prepared}")
     plan = schedule(recipe, images=images)
-    print(describe(recipe, plan, model, images=images))
+    print(describe(recipe, plan, images=images))
     to_prepare = files if prepared is None else 0
-    print(forecast(config, recipe, plan, model, loss, to_prepare=to_prepare))
+    print(forecast(config, recipe, plan, loss, to_prepare=to_prepare))
     print("a dry run: nothing was written")
 
 
@@ -110,11 +113,11 @@ def learn(
     recipe: Recipe,
     plan: Schedule,
     *,
-    model: VAE,
     loss: Loss,
     stop: run.Stop,
 ) -> None:
     """Every update that is still to be made, with what is to be seen and saved in between."""
+    model = recipe.model
     key = jax.random.key(config.seed)
     init_key, train_key, validation_key = jax.random.split(key, 3)
     optimizer = build_adam(recipe, updates=plan.updates)
@@ -143,7 +146,7 @@ def learn(
     run.record(folder, "running", devices=parallel.describe())
     print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
     began = time.monotonic()
-    shape = (recipe.batch_size, model.size, model.size, 3)
+    shape = (recipe.batch_size, model.size, model.size, model.channels)
     train_step = parallel.compile_train_step(
         loss, optimizer, state, jax.ShapeDtypeStruct(shape, np.uint8), train_key
     )
@@ -160,26 +163,25 @@ def learn(
             epoch, done = n // plan.per_epoch + 1, n + 1
             last = done == plan.updates
             if n % plan.per_epoch == 0:
-                album.samples(state, f"epoch-{epoch:04}-begin")
+                album.begin(state, epoch)
             state, figures = train_step.run(state, next(batches), train_key)
 
             if n % config.log_steps == 0:
-                line = finite(figures, folder, step=n)
+                line = finite(figures, folder, config, step=n)
                 line["images_per_second"] = progress.images_per_second(done)
                 metrics.write(step=n, epoch=epoch, split="train", figures=line)
                 progress.show(done, epoch, line, device_memory=parallel.memory_in_use())
             if last or done % plan.per_epoch == 0:
-                finite(figures, folder, step=n)
-                album.samples(state, f"epoch-{epoch:04}-end")
-                album.reconstructions(state, f"epoch-{epoch:04}")
+                finite(figures, folder, config, step=n)
+                album.end(state, epoch)
                 line = validate(eval_step, state, held_out, validation_key, recipe.batch_size)
-                finite(line, folder, step=done)
+                finite(line, folder, config, step=done)
                 metrics.write(step=done, epoch=epoch, split="validation", figures=line)
                 progress.say(page.epoch_line(epoch, plan.epochs, line))
                 page.write(folder)
             due = last or done % config.checkpoint_steps == 0 or stop.signal is not None
             if due or time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                finite(figures, folder, step=n)
+                finite(figures, folder, config, step=n)
                 metrics.sync()
                 checkpoint.save(checkpoints, state, batches)
                 album.curves()
@@ -217,7 +219,9 @@ def validate(
     return means | {"images_per_second": len(held_out) / (time.monotonic() - began)}
 
 
-def finite(figures: Mapping[str, Any], folder: Path, *, step: int) -> dict[str, float]:
+def finite(
+    figures: Mapping[str, Any], folder: Path, config: Config, *, step: int
+) -> dict[str, float]:
     """The figures as numbers; one that is none ends the run before the state is saved."""
     values = {name: float(value) for name, value in figures.items()}
     for name, value in values.items():
@@ -226,7 +230,7 @@ def finite(figures: Mapping[str, Any], folder: Path, *, step: int) -> dict[str, 
             page.write(folder)
             raise DivergedError(
                 f"the {name.replace('_', ' ')} is {value} at step {step:,}. The checkpoints "
-                f"in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate, "
-                "--norm batch, or --recipe quick"
+                f"in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate"
+                + (", --norm batch, or --recipe quick" if hasattr(config, "norm") else "")
             )
     return values

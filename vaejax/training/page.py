@@ -6,11 +6,13 @@ from pathlib import Path
 from shlex import quote
 
 from vaejax import pictures
+from vaejax.models import autoencoder
 from vaejax.training import run
 
 FIGURES = {
-    "loss": "mse + kl_weight · kl, what was minimised",
+    "loss": "what was minimised",
     "mse": "mean squared error, over pixels and channels in [0, 1]",
+    "bce": "binary cross-entropy of each value in [0, 1], nats: the recipe's error",
     "kl": "KL(q(z\\|x) ‖ N(0, I)), nats per latent dimension",
     # the bar of a conditional density would end a Markdown table's cell
     "distortion": "−log p(x\\|z) over the 256 levels, nats per image",
@@ -22,29 +24,38 @@ FIGURES = {
 
 
 def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
-    shown = (f"{name} {figures[name]:.5g}" for name in ("loss", "mse", "kl", "bits_per_dim"))
-    return f"epoch {epoch}/{epochs} held out: {'  '.join(shown)}"
+    shown = (name for name in ("loss", "mse", "kl", "bits_per_dim") if name in figures)
+    words = "  ".join(f"{name} {figures[name]:.5g}" for name in shown)
+    return f"epoch {epoch}/{epochs} held out: {words}"
 
 
 def what_next(folder: Path) -> str:
+    new = folder / "faces.png"
+    there = f"New faces are in {new}, the" if new.exists() else "The"
     return (
-        f"New faces are in {folder / 'faces.png'}, the film of the learning in "
-        f"{folder / 'learning.mp4'}, all else in {folder / 'README.md'}.\n"
-        f"More:  vaejax sample {quote(str(folder))} --seeds 0-24\n"
-        f"       vaejax reconstruct {quote(str(folder))} IMAGE..."
+        f"{there} film of the learning is in {folder / 'learning.mp4'}, all else in "
+        f"{folder / 'README.md'}.\nMore:  " + "\n       ".join(_commands(folder))
     )
+
+
+def _commands(folder: Path) -> list[str]:
+    """What can be done with such a run."""
+    model = autoencoder.build(run.read(folder)["model"])
+    verbs = ["sample", "reconstruct"] if model.has_prior else ["reconstruct"]
+    endings = {"sample": "--seeds 0-24", "reconstruct": "IMAGE..."}
+    return [f"vaejax {verb} {quote(str(folder))} {endings[verb]}" for verb in verbs]
 
 
 def write(folder: Path) -> None:
     """Write README.md from what lies in the folder."""
     config, state = run.read(folder), run.read(folder, "run.json")
     first, last = _ends(folder / "metrics.jsonl")
-    model, plan = config["model"], config["schedule"]
+    model, plan = autoencoder.build(config["model"]), config["schedule"]
     lines = [
         f"# {folder.name}: {state['status']}",
         "",
-        f"A variational autoencoder for faces of {model['size']}×{model['size']} pixels with "
-        f"{model['latent_dim']} latent dimensions, by the {plan['recipe']} recipe, on "
+        f"A {model.title} for faces of {model.size}×{model.size} pixels with codes of "
+        f"{'×'.join(map(str, model.code))}, by the {plan['recipe']} recipe, on "
         f"{plan['images']:,} training images: {plan['updates']:,} updates of "
         f"{config['batch_size']} images. Seed {config['seed']}, on {state['devices']}.",
         "",
@@ -53,13 +64,13 @@ def write(folder: Path) -> None:
     ]
     columns = (first.get("train"), last.get("train"), last.get("validation"))
     for name, meaning in FIGURES.items():
-        values = (f"{c[name]:.5g}" if c and name in c else "" for c in columns)
-        lines.append(f"| {name} | {' | '.join(values)} | {meaning} |")
+        values = [f"{c[name]:.5g}" if c and name in c else "" for c in columns]
+        if any(values):
+            lines.append(f"| {name} | {' | '.join(values)} | {meaning} |")
     lines += ["", _steps(columns), "", *_pictures(folder), "", "## Going on", "", "```"]
     lines += [
         f"{state['command']}     # goes on, if it is not finished",
-        f"vaejax sample {quote(str(folder))} --seeds 0-24",
-        f"vaejax reconstruct {quote(str(folder))} IMAGE...",
+        *_commands(folder),
         "```",
         "",
         "`config.json` is what identifies this run, `run.json` where it was made, `metrics.jsonl` "

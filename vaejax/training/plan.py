@@ -1,8 +1,9 @@
 """What a run is going to do, said before it does it: updates, layers, memory, disk, time."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +11,10 @@ import psutil
 
 from vaejax.data import batches
 from vaejax.log import duration, memory, size
-from vaejax.models import summary
-from vaejax.models.vae import CHANNELS, VAE
+from vaejax.models import autoencoder, summary
 from vaejax.objectives import Loss
 from vaejax.training import parallel
-from vaejax.training.config import Config, Recipe, build_adam
+from vaejax.training.config import Config, Recipe, build_adam, describe_loss
 from vaejax.training.state import init
 
 PICTURES = 600_000  # bytes an epoch, about, at 64 pixels: two grids and the reconstructions
@@ -36,29 +36,35 @@ def schedule(recipe: Recipe, *, images: int) -> Schedule:
     return Schedule(per_epoch, min(updates, recipe.steps or updates))
 
 
-def describe(recipe: Recipe, plan: Schedule, model: VAE, *, images: int) -> str:
+def describe(recipe: Recipe, plan: Schedule, *, images: int) -> str:
     """The table of layers and what is done with them."""
     decay = ", falling to 0 along a cosine" if recipe.cosine_decay else ""
+    model, loss = autoencoder.describe(recipe.model), describe_loss(recipe)
     return (
-        f"{summary.table(model)}\n"
-        f"recipe   {recipe.name}: mse + {recipe.kl_weight:g} · kl, norm {recipe.norm}, "
-        f"Adam {recipe.learning_rate:g}{decay}\n"
+        f"{summary.table(recipe.model)}\n"
+        f"recipe   {recipe.name}\n"
+        f"model    {_words(model)}\n"
+        f"loss     {_words(loss)}\n"
+        f"Adam     {recipe.learning_rate:g}{decay}, b1 {recipe.b1:g}\n"
         f"updates  {plan.updates:,} of {recipe.batch_size} images: {plan.epochs:,} epochs of at "
         f"most {plan.per_epoch:,}, {images:,} training images"
     )
 
 
-def forecast(
-    config: Config, recipe: Recipe, plan: Schedule, model: VAE, loss: Loss, *, to_prepare: int
-) -> str:
+def _words(settings: Mapping[str, Any]) -> str:
+    kind, *rest = settings.items()
+    return f"{kind[1]}: {', '.join(f'{name} {value}' for name, value in rest)}"
+
+
+def forecast(config: Config, recipe: Recipe, plan: Schedule, loss: Loss, *, to_prepare: int) -> str:
     """Memory, disk and time of a run on this machine; the time is that of a few real updates.
 
     `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
     """
-    key = jax.random.key(config.seed)
+    model, key = recipe.model, jax.random.key(config.seed)
     optimizer = build_adam(recipe, updates=plan.updates)
     state = jax.jit(partial(init, model=model, optimizer=optimizer))(key)
-    shape = (recipe.batch_size, model.size, model.size, CHANNELS)
+    shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     began = time.monotonic()
     step = parallel.compile_train_step(loss, optimizer, state, images, key)
@@ -72,7 +78,7 @@ def forecast(
         seconds.append(time.monotonic() - began)
     each = min(seconds[1:])  # the first one also warms up
     disk = round((config.keep + 1) * checkpoint + plan.epochs * PICTURES * (model.size / 64) ** 2)
-    pixels = 2 * to_prepare * model.size**2 * CHANNELS  # twice, while they are being prepared
+    pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
     where = "host" if parallel.on_cpu() else "device"
     return (
         f"memory   {size(step.memory)} on the {where} for a step, {size(memory())} in this "

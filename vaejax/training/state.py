@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
-from vaejax.models import vae
+from vaejax.models import autoencoder
 
 
 class TrainState(NamedTuple):
@@ -17,8 +17,8 @@ class TrainState(NamedTuple):
 
 
 def init(
-    key: Key[Array, ""], *, model: vae.VAE, optimizer: optax.GradientTransformation
+    key: Key[Array, ""], *, model: autoencoder.Autoencoder, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first update."""
-    params, statistics = vae.init(model, key)
+    params, statistics = autoencoder.init(model, key)
     return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))

@@ -1,0 +1,136 @@
+"""What every autoencoder here is: an encoder and a decoder, and pure functions over their arrays.
+
+A model is a frozen dataclass of hyperparameters that builds two Linen modules. The modules are
+deterministic: whoever wants noise draws it with a key of their own. `params` and `statistics`
+(batch norm's moving mean and variance, empty where there is no norm) are trees of arrays with the
+branches "encoder" and "decoder"; x is float `[b h w c]` in [0, 1].
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from vaejax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What must be known to build a model, and nothing else: hashable, so that jit takes it."""
+
+    size: int = 64  # height and width of an image, pixels
+    channels: int = 3
+
+    title: ClassVar[str]  # what a person calls it
+    has_prior: ClassVar[bool] = False  # whether the codes of new faces can be drawn
+
+    @property
+    def code(self) -> tuple[int, ...]:
+        """The shape of what stands between encoder and decoder, for one image."""
+        raise NotImplementedError
+
+    def encoder(self, *, axis: str | None) -> nn.Module:
+        """Takes x to its code, or to the posterior over it, as `__call__(x, *, train)`; batch norm
+        goes over all devices of the `axis`."""
+        raise NotImplementedError
+
+    def decoder(self, *, axis: str | None) -> nn.Module:
+        """Takes a code to an image, in the same manner."""
+        raise NotImplementedError
+
+    def corrupt(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "..."]:
+        """What the encoder is shown in training in the place of x; one key an image."""
+        return x
+
+
+def init(model: Autoencoder, key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+    """Parameters and statistics, by Keras' rules: Glorot's uniform kernels, biases of zero."""
+    params, statistics = {}, {}
+    for (branch, (module, inputs)), own in zip(
+        branches(model).items(), jax.random.split(key), strict=True
+    ):
+        variables = module.init(own, jnp.zeros(inputs.shape), train=False)
+        params[branch] = variables["params"]
+        statistics[branch] = variables.get("batch_stats", {})
+    return params, statistics
+
+
+def encode(
+    model: Autoencoder,
+    params: PyTree,
+    statistics: PyTree,
+    x: Float[Array, "b h w c"],
+    *,
+    train: bool = False,
+    axis: str | None = None,
+) -> tuple[Any, PyTree]:
+    """The code of x, an array `[b ...]`, or q(z|x) where the model is variational; and the
+    statistics as they stand after this batch (unchanged unless `train`)."""
+    return _apply(model.encoder(axis=axis), "encoder", params, statistics, x, train)
+
+
+def decode(
+    model: Autoencoder,
+    params: PyTree,
+    statistics: PyTree,
+    code: Float[Array, "b ..."],
+    *,
+    train: bool = False,
+    axis: str | None = None,
+) -> tuple[Float[Array, "b h w c"], PyTree]:
+    """The image of a code (the mean of p(x|z)), and the statistics as they stand afterwards."""
+    return _apply(model.decoder(axis=axis), "decoder", params, statistics, code, train)
+
+
+def _apply(module, branch, params, statistics, inputs, train):
+    variables = {"params": params[branch], "batch_stats": statistics[branch]}
+    outputs, updated = module.apply(variables, inputs, train=train, mutable=["batch_stats"])
+    return outputs, {**statistics, branch: updated.get("batch_stats", {})}
+
+
+def branches(model: Autoencoder) -> dict[str, tuple[nn.Module, jax.ShapeDtypeStruct]]:
+    """The two modules, each with the shape of what one image gives it."""
+    image = (1, model.size, model.size, model.channels)
+    return {
+        "encoder": (model.encoder(axis=None), jax.ShapeDtypeStruct(image, jnp.float32)),
+        "decoder": (model.decoder(axis=None), jax.ShapeDtypeStruct((1, *model.code), jnp.float32)),
+    }
+
+
+def describe(model: Autoencoder) -> dict[str, Any]:
+    """The model as JSON, from which `build` makes it again."""
+    return {"kind": type(model).__name__, **asdict(model)}
+
+
+def build(settings: Mapping[str, Any]) -> Autoencoder:
+    """The model of a description; every class of this folder's modules is known by its name.
+
+    Raises UserError for a description of no such model.
+    """
+    folder = __package__ or ""
+    for module in pkgutil.iter_modules(import_module(folder).__path__):
+        import_module(f"{folder}.{module.name}")
+    kinds = {kind.__name__: kind for kind in Autoencoder.__subclasses__()}
+    fields = dict(settings)
+    try:
+        return kinds[fields.pop("kind")](**fields)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"no model is described by {dict(settings)}: {error!r}") from None
+
+
+def divisible(model: Autoencoder, *, by: int, least: int) -> None:
+    """UserError, with the nearest sizes that do, unless the model's layers admit its images."""
+    if model.size < least or model.size % by:
+        below = max(least, model.size // by * by)
+        above = max(least, (model.size // by + 1) * by)
+        nearest = f"{below}" if below == above else f"{below} or {above}"
+        raise UserError(
+            f"the layers of the {model.title} do not admit images of {model.size} pixels: "
+            f"take a multiple of {by}, the nearest is {nearest}"
+        )
