@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+jax.config.update("jax_num_cpu_devices", 4)  # which the tests of many devices take apart
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is said, not guessed
 
 

@@ -1,6 +1,7 @@
 """A run that goes on writes every step once."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,14 @@ def steps(folder: Path) -> list[tuple[int, str]]:
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path: Path):
-    with Metrics(tmp_path, step=0) as metrics:
+    with closing(Metrics(tmp_path, step=0)) as metrics:
         metrics.write(step=0, epoch=1, split="train", figures={"loss": 0.5})
         line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 0, "epoch": 1, "split": "train", "loss": 0.5}
 
 
 def test_going_on_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path):
-    with Metrics(tmp_path, step=0) as metrics:
+    with closing(Metrics(tmp_path, step=0)) as metrics:
         for step in range(6):
             metrics.write(step=step, epoch=1, split="train", figures={"loss": 1.0})
             if step % 2:
@@ -29,7 +30,7 @@ def test_going_on_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "sp')  # a kill in the middle of a line
     # a checkpoint at step 4 has made updates 0 to 3, and was validated at 2 and at 4
-    with Metrics(tmp_path, step=4):
+    with closing(Metrics(tmp_path, step=4)):
         pass
     train = [(step, "train") for step in range(4)]
     assert sorted(steps(tmp_path)) == sorted([*train, (2, "validation"), (4, "validation")])

@@ -63,10 +63,7 @@ class Metrics:
         os.fsync(self._file.fileno())
         self._board.flush()
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
         self._board.close()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vaejax.data.batches import Images, in_order, steps_per_epoch, stream
+from vaejax.data.batches import Images, steps_per_epoch, stream
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 
@@ -55,12 +55,6 @@ def test_a_restored_position_goes_on_with_the_next_batch(images, handed_out: int
     other = stream(images, batch_size=8, seed=0)
     other.set_state(position)
     assert keys([next(batches) for _ in range(5)]) == keys([next(other) for _ in range(5)])
-
-
-def test_every_held_out_image_is_seen_once(images):
-    batches = list(in_order(images, batch_size=7))
-    assert [len(batch) for batch in batches[:-1]] == [7] * (len(batches) - 1)
-    assert keys(batches) == [i.tobytes() for i in images.read(np.arange(len(images)))]
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_what_would_do(images):

@@ -38,25 +38,24 @@ RECIPE = Recipe(
 @dataclass(frozen=True)
 class Flags(Config):
     latent_dim: int | None = None
+    norm: str | None = None
 
 
-# the same run as a program, to be killed
+# the same run as a program, to be killed; with as many devices, by which XLA divides its threads
 PROGRAM = """
 import sys
 from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
 sys.path.insert(0, {tests!r})
 from test_fit import train
 train(Path({data!r}), Path({out!r}), checkpoint_steps=2)
 """
 
 
-@pytest.fixture(scope="module")
-def data(faces: Path) -> Path:
-    return prepare(faces, size=16, say=lambda _: None)
-
-
 def train(data: Path, out: Path | None, **flags: object) -> Path | None:
-    config = Flags(data=data, recipe="quick", out=out, log_steps=2, **flags)
+    usual = {"data": data, "recipe": "quick", "out": out, "log_steps": 2, "devices": 1}
+    config = Flags(**usual | flags)
     return fit("tiny", config, settle(config, RECIPE))
 
 
@@ -80,14 +79,6 @@ def lines(folder: Path) -> list[dict]:
 def pictures(folder: Path) -> dict[str, bytes]:
     found = sorted([*folder.glob("samples/*.png"), *folder.glob("reconstructions/*.png")])
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    train(data, out)
-    return out
 
 
 def test_a_run_leaves_the_folder_that_it_promises(whole: Path):

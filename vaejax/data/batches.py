@@ -23,6 +23,11 @@ class Images:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image, `(h, w, c)`."""
+        return self._records[0]["image"].shape
+
     def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
         records = self._records.__getitems__([int(i) for i in indices])
         return np.stack([record["image"] for record in records])
@@ -53,9 +58,3 @@ def stream(
     read = batches.map(lambda indices: images.read(indices[rows]))
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(read.to_iter_dataset(options))
-
-
-def in_order(images: Images, *, batch_size: int):
-    """Every image once, in the order of the records; the last batch is what remains."""
-    for start in range(0, len(images), batch_size):
-        yield images.read(np.arange(start, min(start + batch_size, len(images))))

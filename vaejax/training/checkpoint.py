@@ -6,6 +6,7 @@ from pathlib import Path
 import grain
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from vaejax.errors import CheckpointError
@@ -37,23 +38,29 @@ def save(
     step = int(state.step)
     if step not in checkpoints.all_steps():
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(batches.get_state())
         )
         checkpoints.save(step, args=arguments)
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager, like: TrainState, batches: grain.DatasetIterator
+    checkpoints: ocp.CheckpointManager,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    *,
+    sharding: Sharding,
 ) -> TrainState | None:
-    """The newest state, and `batches` set to its position; None where there is no checkpoint."""
+    """The newest state, laid out as asked for, wherever it came from, and `batches` set to its
+    position; None where there is no checkpoint."""
     step = checkpoints.latest_step()
     if step is None:
         return None
     arguments = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_here(like)),
-        data=grain.checkpoint.CheckpointRestore(batches),
+        state=ocp.args.StandardRestore(_shapes(like, sharding)), data=ocp.args.JsonRestore()
     )
-    return checkpoints.restore(step, args=arguments)["state"]
+    restored = checkpoints.restore(step, args=arguments)
+    batches.set_state(restored["data"])
+    return restored["state"]
 
 
 def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
@@ -67,7 +74,8 @@ def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
     if checkpoints is None or step is None:
         raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
     params, statistics = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
-    item = _here({"params": params, "statistics": statistics})
+    here = SingleDeviceSharding(jax.devices()[0])
+    item = _shapes({"params": params, "statistics": statistics}, here)
     arguments = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -77,9 +85,7 @@ def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
     return restored["params"], restored["statistics"]
 
 
-def _here(tree: PyTree) -> PyTree:
-    """The shapes of a tree, to be put on this machine's first device, wherever they came from."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _shapes(tree: PyTree, sharding: Sharding) -> PyTree:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )

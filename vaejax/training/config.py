@@ -27,7 +27,13 @@ class Config:
     epochs: int | None = None  # passes over the training images
     steps: int | None = None  # a bound on the updates: whichever of the two comes first
     batch_size: int | None = None  # images an update
+    micro_batch: int | None = None  # of which so many at a time are in memory (none: all)
     learning_rate: float | None = None  # Adam's
+    devices: int | None = None  # how many of them (none: all that there are)
+    parallel: Literal["jit", "pmap"] = "jit"  # how a batch is split over them
+    coordinator: str | None = None  # HOST:PORT of the first of several processes
+    processes: int | None = None  # how many of them
+    process_id: int | None = None  # which of them this is, from 0
     seed: int = 0  # of the weights, the noise, and the order of the images
     log_steps: int = 10  # updates between two lines of metrics.jsonl
     checkpoint_steps: int = 500  # updates between two checkpoints, and
@@ -48,9 +54,15 @@ class Recipe:
     epochs: int
     steps: int | None = None
     batch_size: int = 128
+    micro_batch: int | None = None
     learning_rate: float = 1e-4
     b1: float = 0.5
     cosine_decay: bool = False  # of the learning rate, down to zero at the last update
+
+    @property
+    def micro_batches(self) -> int:
+        """In a batch."""
+        return self.batch_size // (self.micro_batch or self.batch_size)
 
 
 Range = tuple[Callable[[Any], bool], str]
@@ -58,7 +70,7 @@ COUNT: Range = (lambda value: value >= 1, "at least 1")
 WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("epochs", "steps", "batch_size", "latent_dim", "keep"), COUNT),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "latent_dim", "keep"), COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
     **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes"), POSITIVE),

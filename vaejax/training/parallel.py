@@ -1,19 +1,33 @@
-"""Devices: what they are, what they hold, and the steps compiled for them."""
+"""Devices and processes: what there is, what lies where, and the steps compiled for them.
 
+There is one axis, "data": a batch is split over it, the state lies whole on every device. A step is
+written for one device. Under `jit` XLA splits it and puts in the sums over devices by itself; under
+`pmap` each device runs it on its own images, and the step sums what it must. Both hold the state in
+the same way, so that they share checkpoints and pictures.
+"""
+
+import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import optax
-from jaxtyping import PyTree
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree, UInt8
 
+from vaejax.errors import UserError
 from vaejax.models.convolution import compiler_options
-from vaejax.objectives import Loss
+from vaejax.objectives import Figures, Loss
 from vaejax.training.state import TrainState
 from vaejax.training.step import eval_step, train_step
+
+AXIS = "data"
+T = TypeVar("T")
 
 
 def configure(*, cache: bool = True) -> None:
@@ -33,33 +47,205 @@ def configure(*, cache: bool = True) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+# Processes ----------------------------------------------------------------------------------------
+
+
+def join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Become one of several processes, as the arguments say, or whoever started them.
+
+    To be called before the first computation. UserError for arguments that cannot be, or if the
+    others are not there within five minutes.
+    """
+    given = (coordinator, processes, process_id)
+    if given == (None, None, None) and not _launched():
+        return
+    if given != (None, None, None) and None in given:
+        raise UserError("--coordinator HOST:PORT, --processes N and --process-id I go together")
+    if processes is not None and process_id is not None and not 0 <= process_id < processes:
+        raise UserError(f"--process-id {process_id}: must be from 0 to {processes - 1}")
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes did not find each other: {reason}") from None
+
+
+def _launched() -> bool:
+    """Whether a launcher that JAX knows has started several processes of which this is one."""
+    several = (os.environ.get(n, "1") for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return (
+        any(number.isdigit() and int(number) > 1 for number in several)
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+        or "JAX_COORDINATOR_ADDRESS" in os.environ
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def agreed(find: Callable[[], T]) -> T:
+    """What the first process finds, as JSON can tell it, in all of them; its failure is theirs."""
+    if jax.process_count() == 1:
+        return find()
+    failure, told = None, b""
+    if is_first():
+        try:
+            told = json.dumps({"found": find()}).encode()
+        except BaseException as error:
+            failure = error
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    if failure is not None:
+        raise failure
+    if not length:
+        raise UserError("the first process has stopped: its own message says why")
+    padded = np.zeros(length, np.uint8)
+    if is_first():
+        padded[:] = np.frombuffer(told, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())["found"]
+
+
+def any_process(*values: bool) -> list[bool]:
+    """Whether each is so in any of the processes; all of them have to ask at the same time."""
+    if jax.process_count() == 1:
+        return list(values)
+    return np.any(multihost_utils.process_allgather(np.asarray(values)), axis=0).tolist()
+
+
+# Devices ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Devices:
+    mesh: jax.sharding.Mesh
+    how: Literal["jit", "pmap"]
+
+    @property
+    def count(self) -> int:
+        return self.mesh.size
+
+    def __str__(self) -> str:
+        """ "2 × cpu", "8 × NVIDIA H200 by pmap in 2 processes"."""
+        text = f"{self.count} × {self.mesh.devices[0].device_kind}"
+        if self.count > 1:
+            text += f" by {self.how}"
+        several = jax.process_count()
+        return text + (f" in {several} processes" if several > 1 else "")
+
+
+def choose(count: int | None = None, how: Literal["jit", "pmap"] = "jit") -> Devices:
+    """The first `count` devices, or all that there are; UserError for more than that."""
+    there = jax.devices()
+    if count is not None and not 1 <= count <= len(there):
+        raise UserError(
+            f"--devices {count}: there are {len(there)} here ({there[0].device_kind}), "
+            f"take 1 to {len(there)}"
+        )
+    if count is not None and count < len(there) and jax.process_count() > 1:
+        raise UserError(
+            f"--devices {count}: {jax.process_count()} processes use all {len(there)} of theirs; "
+            "start fewer processes, or leave out --devices"
+        )
+    if how == "pmap" and jax.process_count() > 1:
+        raise UserError(
+            "--parallel pmap goes with one process: jax.pmap wants the state of several in another "
+            "layout. Leave it out, the result is the same"
+        )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((count or len(there),), (AXIS,), auto, devices=there[:count])
+    return Devices(mesh, how)
+
+
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def describe() -> str:
-    """ "2 × cpu", "1 × NVIDIA H200"."""
-    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-
-
 def memory_in_use() -> int | None:
-    """Bytes on the first device; None where a device does not say, as a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+    """Bytes on this process' first device; None where a device does not say, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
+
+
+def memory_limit() -> int | None:
+    """Bytes that a device has for us; None as above."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def whole(devices: Devices) -> jax.NamedSharding:
+    """All of an array on every device."""
+    return jax.NamedSharding(devices.mesh, jax.P())
+
+
+def here(tree: PyTree) -> PyTree:
+    """The arrays as they lie on this process' first device, without a copy."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def rows(devices: Devices, images: int) -> slice:
+    """Which images of a batch this process has to read: its share, or all if they do not divide."""
+    if images % devices.count:
+        return slice(0, images)
+    shard, shards = jax.process_index(), jax.process_count()
+    return slice(shard * images // shards, (shard + 1) * images // shards)
+
+
+def _put(devices: Devices, images: UInt8[np.ndarray, "b h w c"], batch: int) -> Array:
+    """This process' rows of a batch, on its devices, as part of the whole batch."""
+    spec = jax.P() if batch % devices.count else jax.P(AXIS)
+    sharding = jax.NamedSharding(devices.mesh, spec)
+    return jax.make_array_from_process_local_data(sharding, images, (batch, *images.shape[1:]))
+
+
+# Steps --------------------------------------------------------------------------------------------
 
 
 class TrainStep(NamedTuple):
-    run: Callable[..., Any]  # (state, images, key) -> (state, figures); the state is donated
-    memory: int  # bytes that one call needs: its arguments, results and temporaries
+    run: Callable[..., tuple[TrainState, Figures]]  # (state, this process' images, key)
+    memory: int  # bytes that one call needs on a device: arguments, results and temporaries
 
 
 def compile_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, state: PyTree, images: Any, key: Any
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: PyTree,
+    images: jax.ShapeDtypeStruct,
+    key: Any,
+    *,
+    devices: Devices,
+    micro_batches: int = 1,
 ) -> TrainStep:
-    """The whole step as one program; `state`, `images` and `key` may be shapes alone."""
-    step = partial(train_step, loss=loss, optimizer=optimizer)
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-    run = jitted.lower(state, images, key).compile()
-    sizes = run.memory_analysis()
+    """The whole step as one program, of which the state is donated; `images` is the shape of a
+    whole batch, `state` may be shapes alone."""
+    step = partial(train_step, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
+    batch, *rest = images.shape
+    if devices.how == "pmap":
+        jitted = jax.pmap(
+            partial(step, axis=AXIS),
+            AXIS,
+            in_axes=(None, 0, None),
+            out_axes=(None, None),
+            donate_argnums=0,
+            devices=list(devices.mesh.devices),
+        )
+        images = jax.ShapeDtypeStruct((devices.count, batch // devices.count, *rest), images.dtype)
+    else:
+        everywhere = whole(devices)
+        split = jax.NamedSharding(devices.mesh, jax.P(AXIS))
+        jitted = jax.jit(
+            step,
+            in_shardings=(everywhere, split, everywhere),
+            out_shardings=everywhere,
+            donate_argnums=0,
+        )
+    program = jitted.lower(state, images, key).compile({**compiler_options()})
+
+    def run(state, images, key):
+        if devices.how == "pmap":
+            return program(state, images.reshape(devices.count, -1, *rest), key)
+        return program(state, _put(devices, images, batch), key)
+
+    sizes = program.memory_analysis()
     memory = 0
     if sizes is not None:
         memory = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
@@ -67,9 +253,19 @@ def compile_train_step(
     return TrainStep(run, memory)
 
 
-def compile_eval_step(loss: Loss) -> Callable[..., Any]:
-    """(state, images, key) -> figures; one program for each size of a batch."""
-    return jax.jit(partial(eval_step, loss=loss), compiler_options=compiler_options())
+def compile_eval_step(loss: Loss, *, devices: Devices) -> Callable[..., Figures]:
+    """(state, this process' rows of a batch, key, place of its first image, its size) -> figures;
+    one program for each size. A batch that does not divide is computed whole by every device."""
+    step = jax.jit(
+        partial(eval_step, loss=loss),
+        out_shardings=whole(devices),
+        compiler_options=compiler_options(),
+    )
+
+    def run(state, images, key, first: int, *, batch: int):
+        return step(state, _put(devices, images, batch), key, np.int32(first))
+
+    return run
 
 
 def state_bytes(state: TrainState) -> int:

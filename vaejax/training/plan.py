@@ -56,18 +56,35 @@ def _words(settings: Mapping[str, Any]) -> str:
     return f"{kind[1]}: {', '.join(f'{name} {value}' for name, value in rest)}"
 
 
-def forecast(config: Config, recipe: Recipe, plan: Schedule, loss: Loss, *, to_prepare: int) -> str:
+def forecast(
+    config: Config,
+    recipe: Recipe,
+    plan: Schedule,
+    loss: Loss,
+    *,
+    devices: parallel.Devices,
+    to_prepare: int,
+) -> str:
     """Memory, disk and time of a run on this machine; the time is that of a few real updates.
 
     `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
     """
     model, key = recipe.model, jax.random.key(config.seed)
     optimizer = build_adam(recipe, updates=plan.updates)
-    state = jax.jit(partial(init, model=model, optimizer=optimizer))(key)
+    begin = partial(init, model=model, optimizer=optimizer)
+    state = jax.jit(begin, out_shardings=parallel.whole(devices))(key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     began = time.monotonic()
-    step = parallel.compile_train_step(loss, optimizer, state, images, key)
+    step = parallel.compile_train_step(
+        loss,
+        optimizer,
+        state,
+        jax.ShapeDtypeStruct(shape, np.uint8),
+        key,
+        devices=devices,
+        micro_batches=recipe.micro_batches,
+    )
     compiling = time.monotonic() - began
     checkpoint = parallel.state_bytes(state)
     seconds = []
@@ -79,13 +96,14 @@ def forecast(config: Config, recipe: Recipe, plan: Schedule, loss: Loss, *, to_p
     each = min(seconds[1:])  # the first one also warms up
     disk = round((config.keep + 1) * checkpoint + plan.epochs * PICTURES * (model.size / 64) ** 2)
     pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
-    where = "host" if parallel.on_cpu() else "device"
+    where = "host" if parallel.on_cpu() else "device" if devices.count == 1 else "each device"
+    needed = step.memory * (devices.count if parallel.on_cpu() else 1)
     return (
-        f"memory   {size(step.memory)} on the {where} for a step, {size(memory())} in this "
+        f"memory   {size(needed)} on the {where} for a step, {size(memory())} in this "
         f"process, of {size(psutil.virtual_memory().total)}\n"
         f"disk     at most {size(disk)}: {config.keep} checkpoints of {size(checkpoint)}, one "
         f"more while it is written, and the pictures; the images {size(pixels)} more\n"
-        f"time     {duration(each * plan.updates)} on {parallel.describe()}: {each:.3g} s an "
+        f"time     {duration(each * plan.updates)} on {devices}: {each:.3g} s an "
         f"update, {recipe.batch_size / each:,.0f} images/s, measured; compiled in "
         f"{duration(compiling)}"
     )
