@@ -1,4 +1,4 @@
-"""The command line: `vaejax prepare | sample | reconstruct`, and what every experiment shares."""
+"""The command line: `vaejax prepare | sample | ...`, and what every experiment shares."""
 
 import io
 import os
@@ -48,6 +48,23 @@ class Reconstruct:
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
     out: Path = Path("reconstructions.png")  # the picture
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Show the layers of a model, with what each puts out and how many parameters it has."""
+
+    name: tyro.conf.Positional[str]  # an experiment ("anime", or its file), or a run
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at this machine: versions, devices, memory, disk, a test step, what a run would take."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List every run below runs/: how far it came, its figures, how it stands."""
 
 
 def prepare(command: Prepare) -> None:
@@ -111,6 +128,27 @@ def reconstruct(command: Reconstruct) -> None:
     ]
     pictures.save(command.out, np.concatenate(picture))
     print(f"{len(images)} images above their reconstructions: {command.out}")
+
+
+def summary(command: Summary) -> None:
+    from vaejax import machine
+
+    print(machine.summary(command.name))
+
+
+def doctor(_: Doctor) -> None:
+    from vaejax import machine
+    from vaejax.training import parallel
+
+    parallel.configure(cache=False)
+    for line in machine.doctor():
+        print(line, flush=True)
+
+
+def runs(_: Runs) -> None:
+    from vaejax import machine
+
+    print(machine.runs())
 
 
 def load(name: str):
@@ -204,8 +242,12 @@ def main() -> None:
         Annotated[Prepare, tyro.conf.subcommand("prepare")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[Summary, tyro.conf.subcommand("summary")]
+        | Annotated[Runs, tyro.conf.subcommand("runs")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     act = {Prepare: prepare, Sample: sample, Reconstruct: reconstruct}
+    act |= {Summary: summary, Runs: runs, Doctor: doctor}
     with for_people():
         command = parse(commands, prog="vaejax", description="An autoencoder laboratory for faces.")
         act[type(command)](command)

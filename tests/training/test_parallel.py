@@ -23,6 +23,7 @@ from vaejax.training.config import Config, Recipe
 from vaejax.training.fit import refuse_uneven
 from vaejax.training.learn import validate
 from vaejax.training.state import TrainState, init
+from vaejax.training.step import train_step
 
 # whose parameters show the gradients, the size of which Adam would hide
 OPTIMIZER = optax.sgd(0.01)
@@ -114,6 +115,23 @@ def test_four_devices_learn_what_one_learns(how: str, images: np.ndarray, alone:
     assert difference(before.statistics, after.statistics) > 1e-3
     for name, value in figures.items():
         np.testing.assert_allclose(others[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_a_step_by_axis_learns_the_same_where_shard_map_keeps_track_of_what_varies(
+    images: np.ndarray,
+):
+    step = partial(train_step, loss=waves, optimizer=OPTIMIZER)
+    alone, _ = jax.jit(step)(state(), images, jax.random.key(1))
+    mesh, spec = parallel.choose(4).mesh, jax.P(parallel.AXIS)
+    parts = jax.shard_map(
+        partial(step, axis=parallel.AXIS),
+        mesh=mesh,
+        in_specs=(jax.P(), spec, jax.P()),
+        out_specs=jax.P(),
+    )
+    together, _ = jax.jit(parts)(state(), images, jax.random.key(1))
+    one, other = gradients(state(), alone), gradients(state(), together)
+    assert difference(one, other) < 1e-5
 
 
 @pytest.mark.parametrize(("count", "how"), [(1, "jit"), (4, "jit"), (4, "pmap")])

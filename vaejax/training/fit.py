@@ -11,7 +11,6 @@ from vaejax.data.prepare import look, prepare
 from vaejax.data.records import read_report
 from vaejax.errors import UserError
 from vaejax.models import autoencoder
-from vaejax.objectives import Loss
 from vaejax.training import parallel, run
 from vaejax.training.config import Config, Recipe, describe_loss
 from vaejax.training.learn import learn
@@ -43,7 +42,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
             "from: name an --out elsewhere, or start from another folder"
         )
     if config.dry_run:
-        _say_plan(name, config, recipe, source=source, loss=loss, devices=devices)
+        _say_plan(name, config, recipe, source=source, devices=devices)
         return None
     allow = config.allow_refused
     prepared = Path(
@@ -122,13 +121,7 @@ def refuse_uneven(recipe: Recipe, devices: parallel.Devices) -> None:
 
 
 def _say_plan(
-    name: str,
-    config: Config,
-    recipe: Recipe,
-    *,
-    source: Path,
-    loss: Loss,
-    devices: parallel.Devices,
+    name: str, config: Config, recipe: Recipe, *, source: Path, devices: parallel.Devices
 ) -> None:
     prepared, files = look(source, size=recipe.model.size)
     if prepared is None:
@@ -140,5 +133,5 @@ def _say_plan(
     plan = schedule(recipe, images=images)
     print(describe(recipe, plan, images=images))
     to_prepare = files if prepared is None else 0
-    print(forecast(config, recipe, plan, loss, devices=devices, to_prepare=to_prepare))
+    print(forecast(config, recipe, plan, devices=devices, to_prepare=to_prepare))
     print("a dry run: nothing was written")

@@ -1,6 +1,5 @@
 """The README.md of a run, written by the program: what it is, its figures, its pictures."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -49,7 +48,7 @@ def _commands(folder: Path) -> list[str]:
 def write(folder: Path) -> None:
     """Write README.md from what lies in the folder."""
     config, state = run.read(folder), run.read(folder, "run.json")
-    first, last = _ends(folder / "metrics.jsonl")
+    first, last = run.ends(folder)
     model, plan = autoencoder.build(config["model"]), config["schedule"]
     lines = [
         f"# {folder.name}: {state['status']}",
@@ -79,18 +78,6 @@ def write(folder: Path) -> None:
     ]
     with pictures.whole(folder / "README.md") as partial:
         partial.write_text("\n".join(lines), encoding="utf-8")
-
-
-def _ends(metrics: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The first and the last line of each split."""
-    first: dict[str, dict] = {}
-    last: dict[str, dict] = {}
-    if metrics.exists():
-        with metrics.open(encoding="utf-8") as file:
-            for line in map(json.loads, file):
-                first.setdefault(line["split"], line)
-                last[line["split"]] = line
-    return first, last
 
 
 def _steps(columns: tuple[dict | None, ...]) -> str:

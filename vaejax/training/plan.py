@@ -12,10 +12,10 @@ import psutil
 from vaejax.data import batches
 from vaejax.log import duration, memory, size
 from vaejax.models import autoencoder, summary
-from vaejax.objectives import Loss
 from vaejax.training import parallel
 from vaejax.training.config import Config, Recipe, build_adam, describe_loss
 from vaejax.training.state import init
+from vaejax.training.step import train_step
 
 PICTURES = 600_000  # bytes an epoch, about, at 64 pixels: two grids and the reconstructions
 
@@ -56,28 +56,27 @@ def _words(settings: Mapping[str, Any]) -> str:
     return f"{kind[1]}: {', '.join(f'{name} {value}' for name, value in rest)}"
 
 
-def forecast(
-    config: Config,
-    recipe: Recipe,
-    plan: Schedule,
-    loss: Loss,
-    *,
-    devices: parallel.Devices,
-    to_prepare: int,
-) -> str:
-    """Memory, disk and time of a run on this machine; the time is that of a few real updates.
+class Measured(NamedTuple):
+    compiling: float  # seconds
+    seconds: float  # of an update, compiled
+    memory: int  # bytes that a step needs, on the host or on each device
+    checkpoint: int  # bytes
+    finite: bool  # whether the figures are numbers
 
-    `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
-    """
-    model, key = recipe.model, jax.random.key(config.seed)
-    optimizer = build_adam(recipe, updates=plan.updates)
+
+def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> Measured:
+    """A few updates of a run of so many, made in earnest, on noise."""
+    model, everywhere = recipe.model, parallel.whole(devices)
+    optimizer = build_adam(recipe, updates=updates)
     begin = partial(init, model=model, optimizer=optimizer)
-    state = jax.jit(begin, out_shardings=parallel.whole(devices))(key)
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
+    state = jax.jit(begin, out_shardings=everywhere)(key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    mine = images[parallel.rows(devices, recipe.batch_size)]
     began = time.monotonic()
     step = parallel.compile_train_step(
-        loss,
+        partial(recipe.loss, model=model),
         optimizer,
         state,
         jax.ShapeDtypeStruct(shape, np.uint8),
@@ -87,23 +86,46 @@ def forecast(
     )
     compiling = time.monotonic() - began
     checkpoint = parallel.state_bytes(state)
-    seconds = []
+    seconds, finite = [], True
     for _ in range(3):
         began = time.monotonic()
-        state, figures = step.run(state, images, key)
-        jax.block_until_ready(figures)
+        state, figures = step.run(state, mine, key)
+        finite &= all(bool(np.isfinite(value)) for value in figures.values())
         seconds.append(time.monotonic() - began)
-    each = min(seconds[1:])  # the first one also warms up
-    disk = round((config.keep + 1) * checkpoint + plan.epochs * PICTURES * (model.size / 64) ** 2)
+    memory = step.memory * (devices.count if parallel.on_cpu() else 1)
+    # the first one also warms up
+    return Measured(compiling, min(seconds[1:]), memory, checkpoint, finite)
+
+
+def operations(recipe: Recipe) -> float:
+    """Multiplications and additions in an update, about, as XLA counts them."""
+    model, optimizer = recipe.model, build_adam(recipe, updates=1)
+    step = partial(train_step, loss=partial(recipe.loss, model=model), optimizer=optimizer)
+    key = jax.random.key(0)
+    state = jax.eval_shape(partial(init, model=model, optimizer=optimizer), key)
+    shape = (recipe.batch_size, model.size, model.size, model.channels)
+    lowered = jax.jit(step).lower(state, jax.ShapeDtypeStruct(shape, np.uint8), key)
+    return float((lowered.cost_analysis() or {})["flops"])
+
+
+def forecast(
+    config: Config, recipe: Recipe, plan: Schedule, *, devices: parallel.Devices, to_prepare: int
+) -> str:
+    """Memory, disk and time of a run on this machine; the time is that of a few real updates.
+
+    `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
+    """
+    model, found = recipe.model, measure(recipe, devices=devices, updates=plan.updates)
+    pictures = plan.epochs * PICTURES * (model.size / 64) ** 2
+    disk = round((config.keep + 1) * found.checkpoint + pictures)
     pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
     where = "host" if parallel.on_cpu() else "device" if devices.count == 1 else "each device"
-    needed = step.memory * (devices.count if parallel.on_cpu() else 1)
     return (
-        f"memory   {size(needed)} on the {where} for a step, {size(memory())} in this "
+        f"memory   {size(found.memory)} on the {where} for a step, {size(memory())} in this "
         f"process, of {size(psutil.virtual_memory().total)}\n"
-        f"disk     at most {size(disk)}: {config.keep} checkpoints of {size(checkpoint)}, one "
-        f"more while it is written, and the pictures; the images {size(pixels)} more\n"
-        f"time     {duration(each * plan.updates)} on {devices}: {each:.3g} s an "
-        f"update, {recipe.batch_size / each:,.0f} images/s, measured; compiled in "
-        f"{duration(compiling)}"
+        f"disk     at most {size(disk)}: {config.keep} checkpoints of {size(found.checkpoint)}, "
+        f"one more while it is written, and the pictures; the images {size(pixels)} more\n"
+        f"time     {duration(found.seconds * plan.updates)} on {devices}: {found.seconds:.3g} s an "
+        f"update, {recipe.batch_size / found.seconds:,.0f} images/s, measured; compiled in "
+        f"{duration(found.compiling)}"
     )

@@ -128,6 +128,29 @@ def status(folder: Path) -> str:
     return read(folder, "run.json").get("status", "") if (folder / "run.json").exists() else ""
 
 
+def standing(folder: Path) -> str:
+    """How a run stands: what it last said, unless it says that it is running and nobody is."""
+    said = status(folder)
+    return "stopped" if said == "running" and not _is_locked(folder) else said
+
+
+def ends(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The first and the last line of metrics.jsonl of each split."""
+    first: dict[str, dict] = {}
+    last: dict[str, dict] = {}
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        with metrics.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # cut off, by a kill or a full disk
+                first.setdefault(entry["split"], entry)
+                last[entry["split"]] = entry
+    return first, last
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Before hours are spent: can `folder` be made, and can it be written to?"""
     nearest = folder.absolute()
@@ -168,9 +191,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 def refuse_running(folder: Path) -> None:
     """UserError where another process trains in `folder`."""
-    if (folder / "run.lock").exists():
+    if _is_locked(folder):
         with locked(folder):
             pass
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with (folder / "run.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is not ours to read
+        return False
+    return False
 
 
 class Stop:

@@ -33,8 +33,9 @@ def train_step(
     key, params, first = jax.random.fold_in(key, state.step), state.params, 0
     if axis is not None:
         first = jax.lax.axis_index(axis) * len(images)
-        # Or else the gradient comes summed over the devices, and its mean is that many times too
-        # large, which Adam hides.
+        # Or else, where shard_map keeps track of what varies (jax.pmap does not, as of JAX 0.10),
+        # the gradient comes summed over the devices, and its mean is that many times too large,
+        # which Adam hides.
         params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), params)
     keys = image_keys(key, len(images), first=first)
     gradients, (figures, statistics) = gradient(
