@@ -40,6 +40,12 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["prepare", "nowhere"], "nowhere"),
         (["prepare", ".", "--size", "x"], "--size"),
         (["prepare", "."], "no images"),
+        (["prepare", ".", "--margin", "0.5"], "--margin without --crop-faces"),
+        (["prepare", ".", "--cascade", "a.xml"], "--cascade without --crop-faces"),
+        (["prepare", ".", "--debug-sheet", "a.png"], "add --crop-faces"),
+        (["prepare", ".", "--crop-faces", "--cascade", "a.xml"], "a.xml does not exist"),
+        (["prepare", ".", "--crop-faces", "--debug-sheet", "a.jpg"], "must end in .png"),
+        (["prepare", ".", "--crop-faces", "--margin", "3"], "--margin 3.0: from 0 to 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -77,6 +83,17 @@ def test_prepare_leaves_its_report_where_it_was_told(
     arguments = ["prepare", str(faces), "--size", "32", "--out", str(out)]
     assert vaejax(*arguments, monkeypatch=monkeypatch) == 0
     assert {"report.json", "contact_sheet.png"} <= {path.name for path in out.iterdir()}
+
+
+def test_prepare_crops_to_faces_and_shows_where_there_are_none(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    sheet = tmp_path / "sheet.png"
+    arguments = ["prepare", str(faces), "--crop-faces", "--debug-sheet", str(sheet)]
+    assert vaejax(*arguments, "--margin", "0.5", monkeypatch=monkeypatch) == 2
+    assert "(0 of 60 files): 60 no face found" in capsys.readouterr().err  # discs are none
+    with Image.open(sheet) as image:
+        assert image.width > 1000
 
 
 @pytest.fixture(scope="module")
