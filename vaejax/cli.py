@@ -72,19 +72,15 @@ class Runs:
 
 
 def prepare(command: Prepare) -> None:
-    from vaejax.data.faces import Crop
+    from vaejax.data.faces import asked
     from vaejax.data.prepare import prepare
 
-    flags = {"cascade": command.cascade, "margin": command.margin}
-    given = {name: value for name, value in flags.items() if value is not None}
-    if given and not command.crop_faces:
-        raise UserError(f"--{' and --'.join(given)} without --crop-faces would change nothing")
     folder = prepare(
         command.source,
         size=command.size,
         out=command.out,
         allow_refused=command.allow_refused,
-        crop=Crop(**given) if command.crop_faces else None,
+        crop=asked(crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin),
         debug_sheet=command.debug_sheet,
     )
     print(f"prepared: {folder}")

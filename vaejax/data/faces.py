@@ -38,6 +38,15 @@ class Crop:
     margin: float = 0.3  # added on each side of the face that is found, in sides of its box
 
 
+def asked(*, crop_faces: bool, cascade: Path | None, margin: float | None) -> Crop | None:
+    """What a person's flags ask for; UserError for settings of a crop that there is not."""
+    flags = {"cascade": cascade, "margin": margin}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if given and not crop_faces:
+        raise UserError(f"--{' and --'.join(given)} without --crop-faces would change nothing")
+    return Crop(**given) if crop_faces else None
+
+
 class Box(NamedTuple):
     """A rectangle of a picture."""
 

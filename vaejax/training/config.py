@@ -24,6 +24,10 @@ class Config:
     recipe: Literal["report", "quick"] | None = None  # with --data the report's, without it quick
     out: Path | None = None  # the run's folder (none: the next runs/NNNNN-name)
     size: int | None = None  # height and width that the images are brought to, pixels
+    crop_faces: bool = False  # cut every picture down to its largest face
+    cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
+    margin: float | None = None  # around a face, in sides of its box (none: 0.3)
+    debug_sheet: Path | None = None  # a PNG that shows which faces were found where
     epochs: int | None = None  # passes over the training images
     steps: int | None = None  # a bound on the updates: whichever of the two comes first
     batch_size: int | None = None  # images an update

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from vaejax.data import batches as data
+from vaejax.data import faces
 from vaejax.data.demo import drawn_faces
 from vaejax.data.prepare import look, prepare
 from vaejax.data.records import read_report
@@ -28,6 +29,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     being finite: the last checkpoint is then from before.
     """
     run.refuse_unwritable(config.out or run.ROOT)
+    crop = faces.asked(crop_faces=config.crop_faces, cascade=config.cascade, margin=config.margin)
     devices = parallel.choose(config.devices, config.parallel)
     refuse_uneven(recipe, devices)
     source, model = config.data or drawn_faces(), recipe.model
@@ -42,16 +44,23 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
             "from: name an --out elsewhere, or start from another folder"
         )
     if config.dry_run:
-        _say_plan(name, config, recipe, source=source, devices=devices)
+        _say_plan(name, config, recipe, source=source, crop=crop, devices=devices)
         return None
-    allow = config.allow_refused
-    prepared = Path(
-        parallel.agreed(lambda: str(prepare(source, size=model.size, allow_refused=allow)))
+    prepared = parallel.agreed(
+        lambda: str(
+            prepare(
+                source,
+                size=model.size,
+                allow_refused=config.allow_refused,
+                crop=crop,
+                debug_sheet=config.debug_sheet,
+            )
+        )
     )
-    images = data.Images(prepared, "train")
+    images = data.Images(Path(prepared), "train")
     plan = schedule(recipe, images=len(images))
     print(describe(recipe, plan, images=len(images)))
-    report = read_report(prepared)
+    report = read_report(Path(prepared))
     settings = {
         "experiment": name,
         "model": autoencoder.describe(model),
@@ -70,7 +79,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         "schedule": {
             "recipe": recipe.name,
             "source": str(source.absolute()),
-            "prepared": str(prepared.absolute()),
+            "prepared": str(Path(prepared).absolute()),
             "images": len(images),
             "updates": plan.updates,
             "updates_per_epoch": plan.per_epoch,
@@ -121,9 +130,15 @@ def refuse_uneven(recipe: Recipe, devices: parallel.Devices) -> None:
 
 
 def _say_plan(
-    name: str, config: Config, recipe: Recipe, *, source: Path, devices: parallel.Devices
+    name: str,
+    config: Config,
+    recipe: Recipe,
+    *,
+    source: Path,
+    crop: faces.Crop | None,
+    devices: parallel.Devices,
 ) -> None:
-    prepared, files = look(source, size=recipe.model.size)
+    prepared, files = look(source, size=recipe.model.size, crop=crop)
     if prepared is None:
         images = round(0.9 * files)
         print(f"{name}: {source}, {files:,} files that are not prepared yet; 90 % for training")
