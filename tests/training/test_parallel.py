@@ -18,7 +18,7 @@ from vaejax import objectives
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
 from vaejax.models.vae import VAE
-from vaejax.training import checkpoint, parallel, run
+from vaejax.training import checkpoint, parallel, programs, run
 from vaejax.training.config import Config, Recipe
 from vaejax.training.fit import refuse_uneven
 from vaejax.training.learn import validate
@@ -33,7 +33,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import jax
-from vaejax.training import parallel
+from vaejax.training import parallel, programs
 jax.config.update("jax_num_cpu_devices", 2)
 parallel.join({coordinator!r}, 2, int(sys.argv[1]))
 sys.path.insert(0, {tests!r})
@@ -62,7 +62,7 @@ def updates(
     state = jax.jit(begin, out_shardings=everywhere)(jax.random.key(0))
     first = jax.tree.map(np.array, parallel.here(state))
     key = jax.device_put(jax.random.key(1), everywhere)
-    step = parallel.compile_train_step(
+    step = programs.compile_train_step(
         loss,
         OPTIMIZER,
         state,
@@ -152,7 +152,7 @@ def test_micro_batches_and_devices_take_less_memory(images: np.ndarray):
         many = jax.ShapeDtypeStruct((1024, *images.shape[1:]), images.dtype)
         devices = parallel.choose(count)
         key = jax.device_put(jax.random.key(1), parallel.whole(devices))
-        step = parallel.compile_train_step(
+        step = programs.compile_train_step(
             waves, OPTIMIZER, state(), many, key, devices=devices, micro_batches=micro_batches
         )
         return step.memory
@@ -183,7 +183,7 @@ def test_the_figures_of_held_out_images_are_means_whatever_the_devices_and_batch
         devices = parallel.choose(count)
         everywhere = parallel.whole(devices)
         placed, key = jax.device_put((state(), jax.random.key(1)), everywhere)
-        step = parallel.compile_eval_step(waves, devices=devices)
+        step = programs.compile_eval_step(waves, devices=devices)
         figures = validate(step, placed, held_out, key, batch_size, devices=devices)
         found.append([figures[name] for name in ("loss", "pixels")])
     pixels = held_out.read(np.arange(len(held_out))) / 255

@@ -58,7 +58,7 @@ def test_the_noise_of_an_update_comes_from_its_number_and_the_key(state, images)
 
 
 def test_the_figures_are_of_the_state_before_the_update(state, images):
-    keys = image_keys(jax.random.fold_in(KEY, state.step), len(images))
+    keys = image_keys(jax.random.fold_in(KEY, state.step), jnp.arange(16))
     _, figures = step(state, images, KEY)
     loss, _ = jax.jit(partial(LOSS, train=True))(state.params, state.statistics, images, keys)
     np.testing.assert_allclose(figures["loss"], loss, rtol=1e-5)

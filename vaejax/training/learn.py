@@ -17,7 +17,7 @@ from vaejax.data import batches as data
 from vaejax.errors import DivergedError, UserError
 from vaejax.log import duration, size
 from vaejax.objectives import Figures, Loss
-from vaejax.training import checkpoint, page, parallel, run
+from vaejax.training import checkpoint, page, parallel, programs, run
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
 from vaejax.training.plan import Schedule
@@ -81,7 +81,7 @@ def learn(
         print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
         began = time.monotonic()
         shape = (recipe.batch_size, *images.shape)
-        train_step = parallel.compile_train_step(
+        train_step = programs.compile_train_step(
             loss,
             optimizer,
             state,
@@ -92,7 +92,7 @@ def learn(
         )
         refuse_too_much(train_step.memory, recipe, devices)
         print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
-        eval_step = parallel.compile_eval_step(loss, devices=devices)
+        eval_step = programs.compile_eval_step(loss, devices=devices)
         saved = time.monotonic()
         try:
             for n in range(start, plan.updates):

@@ -1,4 +1,4 @@
-"""Devices and processes: what there is, what lies where, and the steps compiled for them.
+"""Devices and processes: what there is, and what lies where.
 
 There is one axis, "data": a batch is split over it, the state lies whole on every device. A step is
 written for one device. Under `jit` XLA splits it and puts in the sums over devices by itself; under
@@ -10,21 +10,15 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt8
 
 from vaejax.errors import UserError
-from vaejax.models.convolution import compiler_options
-from vaejax.objectives import Figures, Loss
-from vaejax.training.state import TrainState
-from vaejax.training.step import eval_step, train_step
 
 AXIS = "data"
 T = TypeVar("T")
@@ -194,83 +188,15 @@ def rows(devices: Devices, images: int) -> slice:
     return slice(shard * images // shards, (shard + 1) * images // shards)
 
 
-def _put(devices: Devices, images: UInt8[np.ndarray, "b h w c"], batch: int) -> Array:
+def put(devices: Devices, images: UInt8[np.ndarray, "b h w c"], batch: int) -> Array:
     """This process' rows of a batch, on its devices, as part of the whole batch."""
     spec = jax.P() if batch % devices.count else jax.P(AXIS)
     sharding = jax.NamedSharding(devices.mesh, spec)
     return jax.make_array_from_process_local_data(sharding, images, (batch, *images.shape[1:]))
 
 
-# Steps --------------------------------------------------------------------------------------------
-
-
-class TrainStep(NamedTuple):
-    run: Callable[..., tuple[TrainState, Figures]]  # (state, this process' images, key)
-    memory: int  # bytes that one call needs on a device: arguments, results and temporaries
-
-
-def compile_train_step(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    state: PyTree,
-    images: jax.ShapeDtypeStruct,
-    key: Any,
-    *,
-    devices: Devices,
-    micro_batches: int = 1,
-) -> TrainStep:
-    """The whole step as one program, of which the state is donated; `images` is the shape of a
-    whole batch, `state` may be shapes alone."""
-    step = partial(train_step, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
-    batch, *rest = images.shape
+def placed(devices: Devices, images: UInt8[np.ndarray, "b h w c"]) -> Any:
+    """This process' images of a batch that divides, as the programs want them."""
     if devices.how == "pmap":
-        jitted = jax.pmap(
-            partial(step, axis=AXIS),
-            AXIS,
-            in_axes=(None, 0, None),
-            out_axes=(None, None),
-            donate_argnums=0,
-            devices=list(devices.mesh.devices),
-        )
-        images = jax.ShapeDtypeStruct((devices.count, batch // devices.count, *rest), images.dtype)
-    else:
-        everywhere = whole(devices)
-        split = jax.NamedSharding(devices.mesh, jax.P(AXIS))
-        jitted = jax.jit(
-            step,
-            in_shardings=(everywhere, split, everywhere),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        )
-    program = jitted.lower(state, images, key).compile({**compiler_options()})
-
-    def run(state, images, key):
-        if devices.how == "pmap":
-            return program(state, images.reshape(devices.count, -1, *rest), key)
-        return program(state, _put(devices, images, batch), key)
-
-    sizes = program.memory_analysis()
-    memory = 0
-    if sizes is not None:
-        memory = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-        memory += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return TrainStep(run, memory)
-
-
-def compile_eval_step(loss: Loss, *, devices: Devices) -> Callable[..., Figures]:
-    """(state, this process' rows of a batch, key, place of its first image, its size) -> figures;
-    one program for each size. A batch that does not divide is computed whole by every device."""
-    step = jax.jit(
-        partial(eval_step, loss=loss),
-        out_shardings=whole(devices),
-        compiler_options=compiler_options(),
-    )
-
-    def run(state, images, key, first: int, *, batch: int):
-        return step(state, _put(devices, images, batch), key, np.int32(first))
-
-    return run
-
-
-def state_bytes(state: TrainState) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return images.reshape(devices.count, -1, *images.shape[1:])
+    return put(devices, images, len(images) * jax.process_count())

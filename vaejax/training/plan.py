@@ -12,7 +12,7 @@ import psutil
 from vaejax.data import batches
 from vaejax.log import duration, memory, size
 from vaejax.models import autoencoder, summary
-from vaejax.training import parallel
+from vaejax.training import parallel, programs
 from vaejax.training.config import Config, Recipe, build_adam, describe_loss
 from vaejax.training.state import init
 from vaejax.training.step import train_step
@@ -75,7 +75,7 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     mine = images[parallel.rows(devices, recipe.batch_size)]
     began = time.monotonic()
-    step = parallel.compile_train_step(
+    step = programs.compile_train_step(
         partial(recipe.loss, model=model),
         optimizer,
         state,
@@ -85,7 +85,7 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
         micro_batches=recipe.micro_batches,
     )
     compiling = time.monotonic() - began
-    checkpoint = parallel.state_bytes(state)
+    checkpoint = programs.state_bytes(state)
     seconds, finite = [], True
     for _ in range(3):
         began = time.monotonic()

@@ -1,7 +1,13 @@
-"""One update and one look, as pure functions over arrays."""
+"""One update and one look, as pure functions over arrays.
+
+A batch has places, from 0: the noise of an image comes from the run's key, the number of the update
+and the image's place, wherever and in whatever part of the batch it is computed, and whether or not
+the run was interrupted. Under `jax.pmap` the images are those of one device, and `axis` is the name
+under which gradients, figures and the batch norms' statistics are averaged over all of them.
+"""
 
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,12 @@ from vaejax.objectives import Figures, Loss
 from vaejax.training.state import TrainState
 
 
+class Gradient(NamedTuple):
+    gradients: PyTree  # of the mean loss
+    statistics: PyTree  # as they stand after these images
+    figures: Figures  # of these images, before the update
+
+
 def train_step(
     state: TrainState,
     images: UInt8[Array, "b h w c"],
@@ -19,68 +31,79 @@ def train_step(
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    micro_batches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Figures]:
-    """One update; the figures are of these images *before* it.
+    """One update; the figures are of these images *before* it."""
+    found = gradient(state.params, state.statistics, state.step, images, key, loss=loss, axis=axis)
+    return update(state, found, optimizer=optimizer)
 
-    The key is the run's, the same at every step: the step's own noise comes from folding in the
-    number of the step, so that step n draws the same whether or not the run was interrupted.
 
-    Under `jax.pmap`, the images are one device's part of the batch, and `axis` the name of the axis
-    over which gradients, figures and batch norms' statistics are averaged.
-    """
-    key, params, first = jax.random.fold_in(key, state.step), state.params, 0
+def gradient(
+    params: PyTree,
+    statistics: PyTree,
+    step: Int[Array, ""],
+    images: UInt8[Array, "b h w c"],
+    key: Key[Array, ""],
+    part: int | Int[Array, ""] = 0,
+    *,
+    loss: Loss,
+    parts: int = 1,
+    axis: str | None = None,
+) -> Gradient:
+    """Of a batch, or of a part of it: every `parts`-th image, from that in place `part` on."""
+    first = 0
     if axis is not None:
         first = jax.lax.axis_index(axis) * len(images)
         # Or else, where shard_map keeps track of what varies (jax.pmap does not, as of JAX 0.10),
         # the gradient comes summed over the devices, and its mean is that many times too large,
         # which Adam hides.
         params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), params)
-    keys = image_keys(key, len(images), first=first)
-    gradients, (figures, statistics) = gradient(
-        partial(loss, train=True, axis=axis), params, state.statistics, images, keys, micro_batches
-    )
+    places = part + parts * (first + jnp.arange(len(images)))
+    keys = image_keys(jax.random.fold_in(key, step), places)
+    learn = jax.grad(partial(loss, train=True, axis=axis), has_aux=True)
+    gradients, (figures, statistics) = learn(params, statistics, images, keys)
     if axis is not None:
         gradients, figures = jax.lax.pmean((gradients, figures), axis)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    figures = {**figures, "gradient_norm": optax.tree.norm(gradients)}
-    return TrainState(state.step + 1, params, statistics, opt_state), figures
+    return Gradient(gradients, statistics, figures)
 
 
-def gradient(
-    loss: Loss,
+def add_gradient(
+    total: Gradient,
     params: PyTree,
-    statistics: PyTree,
+    step: Int[Array, ""],
     images: UInt8[Array, "b h w c"],
-    keys: Key[Array, " b"],
-    micro_batches: int,
-) -> tuple[PyTree, tuple[Figures, PyTree]]:
-    """The gradient of the mean loss, in the memory of a micro-batch.
+    key: Key[Array, ""],
+    part: int | Int[Array, ""],
+    *,
+    loss: Loss,
+    parts: int,
+    axis: str | None = None,
+) -> Gradient:
+    """The total with one more of `parts` micro-batches in it, in the memory of one.
 
-    It is that of the whole batch, as are the figures that are means over images, where an image
-    does not meet the others: real batch norm sees each micro-batch as a batch of its own.
+    All of them together have the gradient of the whole batch, and its figures as far as those are
+    means over images, where an image does not meet the others: real batch norm sees a micro-batch
+    as a batch of its own.
     """
-    of_some = jax.grad(loss, has_aux=True)
-    if micro_batches == 1:
-        return of_some(params, statistics, images, keys)
-
-    def add(carry: Any, some: Any) -> Any:
-        total, statistics = carry
-        gradients, (figures, statistics) = of_some(params, statistics, *some)
-        return (jax.tree.map(jnp.add, total, gradients), statistics), figures
-
-    # every micro_batches-th image: of the images on each device, the same number
-    def deal(a: Array) -> Array:
-        return a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1)
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (total, statistics), figures = jax.lax.scan(
-        add, (zeros, statistics), (deal(images), deal(keys))
+    found = gradient(
+        params, total.statistics, step, images, key, part, loss=loss, parts=parts, axis=axis
     )
-    gradients = jax.tree.map(lambda g: g / micro_batches, total)
-    return gradients, (jax.tree.map(partial(jnp.mean, axis=0), figures), statistics)
+    gradients, figures = jax.tree.map(
+        lambda all_, some: all_ + some / parts,
+        (total.gradients, total.figures),
+        (found.gradients, found.figures),
+    )
+    return Gradient(gradients, found.statistics, figures)
+
+
+def update(
+    state: TrainState, found: Gradient, *, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Figures]:
+    """The state after a step along the gradient."""
+    updates, opt_state = optimizer.update(found.gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    figures = {**found.figures, "gradient_norm": optax.tree.norm(found.gradients)}
+    return TrainState(state.step + 1, params, found.statistics, opt_state), figures
 
 
 def eval_step(
@@ -95,13 +118,10 @@ def eval_step(
 
     The noise of each comes from its place among all of them, of which `first` is the first's.
     """
-    keys = image_keys(key, len(images), first=first)
+    keys = image_keys(key, first + jnp.arange(len(images)))
     _, (figures, _) = loss(state.params, state.statistics, images, keys, train=False)
     return figures
 
 
-def image_keys(
-    key: Key[Array, ""], images: int, *, first: int | Int[Array, ""] = 0
-) -> Key[Array, " b"]:
-    """A key for each image by its place in the batch, wherever the batch is computed."""
-    return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(images))
+def image_keys(key: Key[Array, ""], places: Int[Array, " b"]) -> Key[Array, " b"]:
+    return jax.vmap(partial(jax.random.fold_in, key))(places)
