@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli
+from vaejax import cli, commands
 from vaejax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -55,9 +55,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_seeds_are_numbers_and_ranges():
-    assert cli.parse_seeds("0,7,10-12") == [0, 7, 10, 11, 12]
+    assert commands.parse_seeds("0,7,10-12") == [0, 7, 10, 11, 12]
     with pytest.raises(UserError):
-        cli.parse_seeds("")
+        commands.parse_seeds("")
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "0"], ["--norm", "best"], ["--data", "nowhere"]])
