@@ -23,6 +23,7 @@ class Denoising(Autoencoder):
     norm: Norm = "batch"  # what Keras' `fit`, which the recipe calls, does
 
     title: ClassVar[str] = "denoising autoencoder"
+    denoises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         divisible(self, by=4, least=4)  # two halvings
