@@ -67,11 +67,13 @@ def main() -> None:
     known = (
         Annotated[commands.Prepare, tyro.conf.subcommand("prepare")]
         | Annotated[commands.Sample, tyro.conf.subcommand("sample")]
+        | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
     )
     act = {
         commands.Prepare: commands.prepare,
         commands.Sample: commands.sample,
+        commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
     }
     with for_people():

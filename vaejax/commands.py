@@ -1,6 +1,7 @@
 """The commands of `vaejax`: the flags of each as a dataclass, and what it does as a function."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Denoise:
+    """Show noisy images above what a denoising run makes of them."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
+    add_noise: bool = False  # the files are clean: add the run's noise first, show them below
+    seed: int = 0  # of the noise that is added
+    out: Path = Path("denoised.png")  # the picture
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Show images above what a trained run makes of them."""
 
@@ -54,13 +66,14 @@ def sample(command: Sample) -> None:
     import numpy as np
 
     from vaejax import generate, pictures
+    from vaejax.training import page
 
     model, params, statistics = load(command.run)
     if not model.has_prior:
+        others = " or ".join(f"`{other}`" for other in page.commands(model, command.run))
         raise UserError(
             f"{command.run} is a {model.title}, which has no prior to draw new faces from: see "
-            f"what it makes of yours with `vaejax reconstruct {command.run} IMAGE...`, or train a "
-            "VAE with experiments/anime.py"
+            f"what it makes of yours with {others}, or train a VAE with experiments/anime.py"
         )
     faces = []
     for some in (seeds[i : i + 100] for i in range(0, len(seeds), 100)):
@@ -71,35 +84,74 @@ def sample(command: Sample) -> None:
     print(f"{len(seeds)} new faces: {command.out}")
 
 
-def reconstruct(command: Reconstruct) -> None:
-    if not command.images:
-        raise UserError("no image to reconstruct: name one or more after the run")
+def denoise(command: Denoise) -> None:
+    if not 0 <= command.seed < 2**32:
+        raise UserError(f"--seed {command.seed}: must be from 0 to 4294967295")
+    refuse_no_image(command.images)
     refuse_no_picture(command.out)
+    import jax
     import numpy as np
 
     from vaejax import generate, pictures
-    from vaejax.data.decode import Refused, decode, resize
 
     model, params, statistics = load(command.run)
+    if not model.denoises:
+        raise UserError(
+            f"{command.run} is a {model.title}, which has not learned to take noise away: see what "
+            f"it makes of your images with `vaejax reconstruct {command.run} IMAGE...`, or train a "
+            "denoising autoencoder with experiments/denoising.py"
+        )
+    clean = shown = read_images(command.images, size=model.size)
+    if command.add_noise:
+        key = jax.random.key(command.seed)
+        shown = np.asarray(generate.corrupt(clean, key, model=model))
+    rows = [shown, through(model, params, statistics, shown)]
+    words = "images above what they are without their noise"
+    if command.add_noise:
+        rows.append(clean)
+        words = "images with noise, denoised, and as they were"
+    pictures.save(command.out, pictures.strips(rows))
+    print(f"{len(clean)} {words}: {command.out}")
+
+
+def reconstruct(command: Reconstruct) -> None:
+    refuse_no_image(command.images)
+    refuse_no_picture(command.out)
+    from vaejax import pictures
+
+    model, params, statistics = load(command.run)
+    images = read_images(command.images, size=model.size)
+    again = through(model, params, statistics, images)
+    pictures.save(command.out, pictures.strips([images, again]))
+    print(f"{len(images)} images above their reconstructions: {command.out}")
+
+
+def read_images(paths: Sequence[Path], *, size: int):
+    """The images as a model of this size takes them, uint8 `[n h w c]`."""
+    import numpy as np
+
+    from vaejax.data.decode import Refused, decode, resize
+
     images = []
-    for path in command.images:
+    for path in paths:
         try:
-            images.append(resize(decode(path.read_bytes()), model.size))
+            images.append(resize(decode(path.read_bytes()), size))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except Refused as refused:
             raise UserError(f"{path} is no usable image: {refused.reason}") from None
-    rows = []
-    for some in (images[i : i + 10] for i in range(0, len(images), 10)):
-        originals = np.stack(some)
-        again = generate.reconstruct(params, statistics, originals, model=model)
-        rows.append(pictures.strips([originals, np.asarray(again)]))
-    width = max(row.shape[1] for row in rows)
-    picture = [
-        np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows
-    ]
-    pictures.save(command.out, np.concatenate(picture))
-    print(f"{len(images)} images above their reconstructions: {command.out}")
+    return np.stack(images)
+
+
+def through(model, params, statistics, images):
+    """What the model makes of the images, a few at a time."""
+    import numpy as np
+
+    from vaejax import generate
+
+    some = (images[i : i + 10] for i in range(0, len(images), 10))
+    again = [generate.reconstruct(params, statistics, part, model=model) for part in some]
+    return np.concatenate([np.asarray(part) for part in again])
 
 
 def load(name: str):
@@ -128,6 +180,11 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds:
         raise UserError(f"--seeds {text}: an empty range")
     return seeds
+
+
+def refuse_no_image(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise UserError("no image was named: name one or more after the run")
 
 
 def refuse_no_picture(path: Path) -> None:
