@@ -58,7 +58,7 @@ COUNT: Range = (lambda value: value >= 1, "at least 1")
 WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("epochs", "steps", "batch_size", "latent_dim", "keep"), COUNT),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "latent_dim", "width", "keep"), COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
     **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes"), POSITIVE),
