@@ -2,14 +2,22 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli
+from vaejax import cli, commands, objectives
+from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
+from vaejax.models.autoencoder import Autoencoder
+from vaejax.models.denoising import Denoising
+from vaejax.models.feed_forward import FeedForward
+from vaejax.models.vae import VAE
+from vaejax.training.config import Config, Recipe, settle
+from vaejax.training.fit import fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +34,7 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "prepare, sample, reconstruct"),
+        ([], "prepare, sample, denoise, reconstruct"),
         (["smple"], "smple"),
         (["sample"], "run's folder"),
         (["sample", "latest"], "there is no run"),
@@ -37,6 +45,10 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["sample", "latest", "--out", "faces.jpg"], "must end in .png"),
         (["sample", "latest", "--seeds", "0-99999999999999"], "at most 10,000"),
         (["reconstruct", "latest"], "no image"),
+        (["denoise", "latest"], "no image"),
+        (["denoise", "latest", "a.png"], "there is no run"),
+        (["denoise", "latest", "a.png", "--out", "a.jpg"], "must end in .png"),
+        (["denoise", "latest", "a.png", "--seed", "-1"], "--seed -1: must be from 0"),
         (["prepare", "nowhere"], "nowhere"),
         (["prepare", ".", "--size", "x"], "--size"),
         (["prepare", "."], "no images"),
@@ -61,9 +73,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_seeds_are_numbers_and_ranges():
-    assert cli.parse_seeds("0,7,10-12") == [0, 7, 10, 11, 12]
+    assert commands.parse_seeds("0,7,10-12") == [0, 7, 10, 11, 12]
     with pytest.raises(UserError):
-        cli.parse_seeds("")
+        commands.parse_seeds("")
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "0"], ["--norm", "best"], ["--data", "nowhere"]])
@@ -96,19 +108,34 @@ def test_prepare_crops_to_faces_and_shows_where_there_are_none(
         assert image.width > 1000
 
 
+def train(faces: Path, out: Path, model: Autoencoder, loss: partial) -> Path:
+    """Two updates: enough to look at."""
+    data = prepare(faces, size=model.size, say=lambda _: None)
+    config = Config(data=data, out=out, recipe="quick", steps=2)
+    fit("tiny", config, settle(config, Recipe("quick", model, loss, epochs=1, batch_size=8)))
+    return out
+
+
 @pytest.fixture(scope="module")
 def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two updates of a small model: enough to draw with."""
-    sys.path.insert(0, str(ROOT / "tests" / "training"))
-    try:
-        from test_fit import train
-    finally:
-        sys.path.pop(0)
-    from vaejax.data.prepare import prepare
-
+    model = VAE(size=16, latent_dim=4, width=1, norm="batch")
     out = tmp_path_factory.mktemp("trained") / "run"
-    train(prepare(faces, size=16, say=lambda _: None), out, steps=2)
-    return out
+    return train(faces, out, model, partial(objectives.report, kl_weight=0.01))
+
+
+@pytest.fixture(scope="module")
+def plain(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deterministic run."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    model = FeedForward(size=16, latent_dim=4)
+    return train(faces, out, model, partial(objectives.reconstruction, error="mse"))
+
+
+@pytest.fixture(scope="module")
+def denoising(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("denoising") / "run"
+    model = Denoising(size=16, width=2, noise=0.2)
+    return train(faces, out, model, partial(objectives.reconstruction, error="bce"))
 
 
 def test_sample_draws_the_same_face_for_a_seed_whoever_stands_beside_it(
@@ -151,3 +178,77 @@ def test_reconstruct_refuses_what_is_no_image_by_its_name(
     arguments = ["reconstruct", str(trained), str(tmp_path / "page.jpg")]
     assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
     assert "page.jpg is no usable image" in capsys.readouterr().err
+
+
+def test_a_run_without_a_prior_says_what_it_can_do_instead(
+    plain: Path, denoising: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    out = f"--out={tmp_path}/new.png"
+    assert vaejax("sample", str(plain), out, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert f"{plain} is a feed-forward autoencoder, which has no prior" in error
+    assert f"with `vaejax reconstruct {plain} IMAGE...`, or train a VAE" in error
+    assert vaejax("sample", str(denoising), out, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert f"`vaejax denoise {denoising} IMAGE...` or `vaejax reconstruct {denoising} IM" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_denoising_run_takes_noise_away(
+    plain: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    arguments = ["denoise", str(plain), str(faces / "000.png"), f"--out={tmp_path}/out.png"]
+    assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert f"{plain} is a feed-forward autoencoder, which has not learned" in error
+    assert f"`vaejax reconstruct {plain} IMAGE...`" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def tiles(sheet: np.ndarray) -> np.ndarray:
+    """The images of 16 x 16 in a picture, by row and column."""
+    rows, columns = (side // 18 for side in sheet.shape[:2])
+    found = [
+        sheet[2 + 18 * i :, 2 + 18 * j :][:16, :16] for i in range(rows) for j in range(columns)
+    ]
+    return np.stack(found).reshape(rows, columns, 16, 16, 3)
+
+
+def test_denoise_takes_a_file_as_noisy_already_and_shows_it_as_it_is(
+    denoising: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images = [str(faces / f"{i:03}.png") for i in range(12)]
+    for verb in ("denoise", "reconstruct"):
+        arguments = [verb, str(denoising), *images, f"--out={tmp_path}/{verb}.png"]
+        assert vaejax(*arguments, monkeypatch=monkeypatch) == 0
+    sheet, same = (
+        np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("denoise", "reconstruct")
+    )
+    assert np.array_equal(sheet, same)
+    ten, two = (tiles(line) for line in np.split(sheet, 2))
+    files = [np.asarray(Image.open(path)) for path in images]
+    assert np.array_equal(ten[0], files[:10])
+    assert np.array_equal(two[0, :2], files[10:])
+    assert not np.array_equal(two[1, :2], files[10:])
+
+
+def test_denoise_can_add_the_runs_own_noise_first_by_a_seed(
+    denoising: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images = [str(faces / f"{i:03}.png") for i in range(3)]
+
+    def run(seed: int) -> np.ndarray:
+        arguments = ["denoise", str(denoising), *images, "--add-noise", f"--seed={seed}"]
+        assert vaejax(*arguments, f"--out={tmp_path}/out.png", monkeypatch=monkeypatch) == 0
+        return tiles(np.asarray(Image.open(tmp_path / "out.png"), float))
+
+    noisy, denoised, clean = run(0)
+    assert np.array_equal(clean, [np.asarray(Image.open(path)) for path in images])
+    grey = (clean > 90) & (clean < 165)  # where little is cut off
+    assert 0.14 < np.std((noisy - clean)[grey]) / 255 < 0.22
+    assert np.mean(noisy == denoised) < 0.1
+    again, other = run(0), run(1)
+    assert np.array_equal(again[0], noisy)
+    assert np.array_equal(again[1], denoised)
+    assert np.mean(other[0] == noisy) < 0.3

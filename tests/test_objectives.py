@@ -9,7 +9,11 @@ import pytest
 from jax.test_util import check_grads
 
 from vaejax.models import autoencoder, vae
-from vaejax.objectives import report, to_float, to_uint8
+from vaejax.models.autoencoder import Autoencoder
+from vaejax.models.convolutional import Convolutional
+from vaejax.models.denoising import Denoising
+from vaejax.models.feed_forward import FeedForward
+from vaejax.objectives import reconstruction, report, to_float, to_uint8
 
 MODEL = vae.VAE(size=16, latent_dim=4, width=1)
 
@@ -24,7 +28,7 @@ def images(draw) -> jax.Array:
     return jnp.asarray(draw(4, 16))
 
 
-def weights(model: vae.VAE = MODEL):
+def weights(model: Autoencoder = MODEL):
     params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
     # biases away from zero: a gradient must not be right by an accident of the initialisation
     keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -81,27 +85,87 @@ def test_an_image_does_not_learn_from_the_others_under_the_frozen_norm(images):
     assert jnp.all(gradient[1:] == 0)
 
 
+@pytest.fixture(scope="module")
+def reconstructed(images):
+    """What a denoising model is shown, what it makes of it, and its figures: noise of 0.5."""
+    model = Denoising(size=16, width=2, noise=0.5)
+    params, statistics = weights(model)
+    keys = jax.random.split(jax.random.key(2), 4)
+    shown = model.corrupt(to_float(images), keys)
+    code, _ = jax.jit(partial(autoencoder.encode, model))(params, statistics, shown)
+    output, _ = jax.jit(partial(autoencoder.decode, model))(params, statistics, code)
+    loss = partial(reconstruction, model=model, error="bce", train=False)
+    value, (figures, _) = jax.jit(loss)(params, statistics, images, keys)
+    return *(np.asarray(a, np.float64) for a in (shown, output)), value, figures
+
+
+def test_what_is_made_of_noisy_images_is_compared_with_the_clean_ones(images, reconstructed):
+    shown, output, _, figures = reconstructed
+    x = np.asarray(images, np.float64) / 255
+    np.testing.assert_allclose(figures["mse"], np.mean((x - output) ** 2), rtol=1e-5)
+    assert figures["mse"] < 0.9 * np.mean((shown - output) ** 2)
+
+
+def test_bce_is_the_cross_entropy_of_every_value(images, reconstructed):
+    _, output, loss, figures = reconstructed
+    x = np.asarray(images, np.float64) / 255
+    bce = np.mean(-x * np.log(output) - (1 - x) * np.log(1 - output))
+    np.testing.assert_allclose(figures["bce"], bce, rtol=1e-5)
+    assert loss == figures["bce"] == figures["loss"]
+
+
+def test_bce_of_a_saturated_output_is_finite_and_large():
+    model = FeedForward(size=8, latent_dim=2)
+    params, statistics = weights(model)
+    params["decoder"]["output"]["layer"]["bias"] += 1e3  # white, whatever the image
+    black = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    loss = partial(reconstruction, model=model, error="bce", train=True)
+    keys = jax.random.split(jax.random.key(0), 2)
+    value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, statistics, black, keys)[0]))(
+        params
+    )
+    np.testing.assert_allclose(value, -np.log(1e-7), rtol=0.02)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+VARIATIONAL = partial(report, kl_weight=0.01)
+MSE, BCE = (partial(reconstruction, error=error) for error in ("mse", "bce"))
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "loss"),
     [
-        MODEL,
-        vae.VAE(size=16, latent_dim=4, width=1, norm="batch"),
-        vae.VAE(
-            size=16, latent_dim=4, width=1, norm="batch", output_norm=False, log_variance_bound=3.0
+        (MODEL, VARIATIONAL),
+        (vae.VAE(size=16, latent_dim=4, width=1, norm="batch"), VARIATIONAL),
+        (
+            vae.VAE(
+                size=16,
+                latent_dim=4,
+                width=1,
+                norm="batch",
+                output_norm=False,
+                log_variance_bound=3.0,
+            ),
+            VARIATIONAL,
         ),
+        (FeedForward(size=8, latent_dim=4), MSE),
+        (Convolutional(size=16, width=2), MSE),
+        (Convolutional(size=16, width=2), BCE),
+        (Denoising(size=8, width=2), BCE),
+        (Denoising(size=8, width=2, norm="frozen"), MSE),
     ],
-    ids=["report", "batch norm", "bounded"],
+    ids=["report", "batch norm", "bounded"]
+    + ["feed-forward", "convolutional", "convolutional bce", "denoising", "denoising mse, frozen"],
 )
-def test_gradient_of_the_whole_loss_is_right(model: vae.VAE):
+def test_gradient_of_the_whole_loss_is_right(model: Autoencoder, loss: partial):
     # noise: in flat pictures a whole region would cross a kink of the activation at once
-    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    shape = (4, model.size, model.size, model.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     with jax.enable_x64(True):
         params, statistics = jax.tree.map(lambda a: a.astype(jnp.float64), weights(model))
-        loss = partial(report, model=model, kl_weight=0.01, train=True)
-
         keys = jax.random.split(jax.random.key(0), 4)
 
         def value(params):
-            return loss(params, statistics, jnp.asarray(images), keys)[0]
+            return loss(params, statistics, jnp.asarray(images), keys, model=model, train=True)[0]
 
         check_grads(jax.jit(value), (params,), 1, modes=["rev"], rtol=1e-6, atol=1e-6, eps=1e-6)

@@ -27,6 +27,12 @@ def test_strips_have_image_i_of_every_row_in_column_i():
     assert list(sheet[8, 2::6, 0][:3]) == [5, 15, 25]
 
 
+def test_strips_of_many_images_go_on_below():
+    sheet = pictures.strips([colours(5), colours(5) + 5], columns=3)
+    assert [sheet[y, 2, 0] for y in (2, 8, 16, 22)] == [0, 5, 30, 35]
+    assert [sheet[16, x, 0] for x in (2, 8, 14)] == [30, 40, 255]
+
+
 def test_a_saved_picture_comes_back_bit_for_bit(tmp_path: Path):
     picture = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
     pictures.save(tmp_path / "new" / "a.png", picture)
@@ -85,13 +91,20 @@ def test_a_film_of_one_picture_is_a_film(tmp_path: Path):
     assert gif.stat().st_size > 0
 
 
-def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("figures", "panels"),
+    [
+        ('"loss": 0.2, "mse": 0.1, "kl": 0.01, "bits_per_dim": 5.0', (2, 2)),
+        ('"loss": 0.2, "mse": 0.1, "bce": 0.2', (2, 1)),
+        ('"loss": 0.1, "mse": 0.1', (1, 1)),  # the same twice is shown once
+    ],
+)
+def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path, figures: str, panels: tuple):
     metrics = tmp_path / "metrics.jsonl"
-    figures = '"loss": 0.1, "mse": 0.1, "kl": 0.01, "bits_per_dim": 5.0'
     lines = [f'{{"step": {i}, "split": "train", {figures}}}' for i in range(5)]
     lines.append(f'{{"step": 5, "split": "validation", {figures}}}')
     metrics.write_text("\n".join(lines) + "\n")
     pictures.curves(metrics, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1200, 720)
+        assert image.size == (600 * panels[0], 360 * panels[1])
         assert len(np.unique(np.asarray(image).reshape(-1, 4), axis=0)) > 20

@@ -1,4 +1,4 @@
-"""The command line: `vaejax prepare | sample | ...`, and what every experiment shares."""
+"""The command line: how it is read, and how its errors are told; what the experiments share."""
 
 import io
 import os
@@ -6,198 +6,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+from vaejax import commands
 from vaejax.errors import UserError, VaejaxError
 
 if TYPE_CHECKING:
     from vaejax.training.config import Config
 
 Flags = TypeVar("Flags", bound="Config")
-
-# JAX and the rest are imported by the commands that need them: --help and a mistake answer at once.
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Decode, check and resize every image of a folder or zip, once."""
-
-    source: tyro.conf.Positional[Path]  # folder (one sub-folder a person, where there are) or zip
-    size: int = 64  # height and width, pixels
-    out: Path | None = None  # where it shall lie (none: the user's cache)
-    allow_refused: bool = False  # go on although more than 5 % of the files are no usable image
-    crop_faces: bool = False  # cut every picture down to its largest face
-    cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
-    margin: float | None = None  # around a face, in sides of its box (none: 0.3)
-    debug_sheet: Path | None = None  # a PNG that shows which faces were found where
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw new faces with a trained run."""
-
-    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
-    seeds: str = "0-24"  # which faces: numbers and ranges, as in 0,7,10-24
-    out: Path = Path("faces.png")  # the picture
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """Show images above what a trained run makes of them."""
-
-    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
-    images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
-    out: Path = Path("reconstructions.png")  # the picture
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Show the layers of a model, with what each puts out and how many parameters it has."""
-
-    name: tyro.conf.Positional[str]  # an experiment ("anime", or its file), or a run
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Look at this machine: versions, devices, memory, disk, a test step, what a run would take."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """List every run below runs/: how far it came, its figures, how it stands."""
-
-
-def prepare(command: Prepare) -> None:
-    from vaejax.data.faces import asked
-    from vaejax.data.prepare import prepare
-
-    folder = prepare(
-        command.source,
-        size=command.size,
-        out=command.out,
-        allow_refused=command.allow_refused,
-        crop=asked(crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin),
-        debug_sheet=command.debug_sheet,
-    )
-    print(f"prepared: {folder}")
-
-
-def sample(command: Sample) -> None:
-    seeds = parse_seeds(command.seeds)
-    refuse_no_picture(command.out)
-    import numpy as np
-
-    from vaejax import generate, pictures
-
-    model, params, statistics = load(command.run)
-    if not model.has_prior:
-        raise UserError(
-            f"{command.run} is a {model.title}, which has no prior to draw new faces from: see "
-            f"what it makes of yours with `vaejax reconstruct {command.run} IMAGE...`, or train a "
-            "VAE with experiments/anime.py"
-        )
-    faces = []
-    for some in (seeds[i : i + 100] for i in range(0, len(seeds), 100)):
-        z = generate.latents(some, latent_dim=model.code[0])
-        faces.append(np.asarray(generate.decode(params, statistics, z, model=model)))
-    columns = max(1, round(len(seeds) ** 0.5))
-    pictures.save(command.out, pictures.grid(np.concatenate(faces), columns=columns))
-    print(f"{len(seeds)} new faces: {command.out}")
-
-
-def reconstruct(command: Reconstruct) -> None:
-    if not command.images:
-        raise UserError("no image to reconstruct: name one or more after the run")
-    refuse_no_picture(command.out)
-    import numpy as np
-
-    from vaejax import generate, pictures
-    from vaejax.data.decode import Refused, decode, resize
-
-    model, params, statistics = load(command.run)
-    images = []
-    for path in command.images:
-        try:
-            images.append(resize(decode(path.read_bytes()), model.size))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except Refused as refused:
-            raise UserError(f"{path} is no usable image: {refused.reason}") from None
-    rows = []
-    for some in (images[i : i + 10] for i in range(0, len(images), 10)):
-        originals = np.stack(some)
-        again = generate.reconstruct(params, statistics, originals, model=model)
-        rows.append(pictures.strips([originals, np.asarray(again)]))
-    width = max(row.shape[1] for row in rows)
-    picture = [
-        np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows
-    ]
-    pictures.save(command.out, np.concatenate(picture))
-    print(f"{len(images)} images above their reconstructions: {command.out}")
-
-
-def summary(command: Summary) -> None:
-    from vaejax import machine
-
-    print(machine.summary(command.name))
-
-
-def doctor(_: Doctor) -> None:
-    from vaejax import machine
-    from vaejax.training import parallel
-
-    parallel.configure(cache=False)
-    for line in machine.doctor():
-        print(line, flush=True)
-
-
-def runs(_: Runs) -> None:
-    from vaejax import machine
-
-    print(machine.runs())
-
-
-def load(name: str):
-    """The model, parameters and statistics of a run, as a person names it."""
-    from vaejax.models import autoencoder
-    from vaejax.training import checkpoint, parallel, run
-
-    folder = run.find(name)
-    parallel.configure()
-    model = autoencoder.build(run.read(folder).get("model", {}))
-    return model, *checkpoint.weights(folder, model)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0,7,10-12" -> [0, 7, 10, 11, 12]."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f"--seeds {text}: {part!r} is neither a number nor a range like 0-24")
-        some = range(int(first), int(last) + 1)
-        if len(seeds) + len(some) > 10_000 or int(last) >= 2**32:
-            raise UserError(f"--seeds {text}: at most 10,000 faces, of seeds below 2**32")
-        seeds += some
-    if not seeds:
-        raise UserError(f"--seeds {text}: an empty range")
-    return seeds
-
-
-def refuse_no_picture(path: Path) -> None:
-    """UserError unless a PNG can be written there."""
-    from vaejax.training.run import refuse_unwritable
-
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
-    if os.path.isdir(path):
-        raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
-    refuse_unwritable(path.parent)
 
 
 @contextmanager
@@ -248,16 +67,24 @@ def parse(flags: Any, **settings: Any) -> Any:
 
 def main() -> None:
     """The `vaejax` command."""
-    commands = (
-        Annotated[Prepare, tyro.conf.subcommand("prepare")]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
-        | Annotated[Summary, tyro.conf.subcommand("summary")]
-        | Annotated[Runs, tyro.conf.subcommand("runs")]
-        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    known = (
+        Annotated[commands.Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[commands.Sample, tyro.conf.subcommand("sample")]
+        | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
+        | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
+        | Annotated[commands.Runs, tyro.conf.subcommand("runs")]
+        | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")]
     )
-    act = {Prepare: prepare, Sample: sample, Reconstruct: reconstruct}
-    act |= {Summary: summary, Runs: runs, Doctor: doctor}
+    act = {
+        commands.Prepare: commands.prepare,
+        commands.Sample: commands.sample,
+        commands.Denoise: commands.denoise,
+        commands.Reconstruct: commands.reconstruct,
+        commands.Summary: commands.summary,
+        commands.Runs: commands.runs,
+        commands.Doctor: commands.doctor,
+    }
     with for_people():
-        command = parse(commands, prog="vaejax", description="An autoencoder laboratory for faces.")
+        command = parse(known, prog="vaejax", description="An autoencoder laboratory for faces.")
         act[type(command)](command)

@@ -44,9 +44,17 @@ def grid(images: Images, *, columns: int, gap: int = 2, background: int = 255) -
     return sheet
 
 
-def strips(rows: Sequence[Images]) -> Picture:
-    """Each sequence of images as a row, image i of every row in column i."""
-    return grid(np.concatenate(rows), columns=len(rows[0]))
+def strips(rows: Sequence[Images], *, columns: int = 10) -> Picture:
+    """Each sequence of images as a row, image i of every row in column i; what is more than
+    `columns` stands below, in rows again."""
+    parts = [[row[i : i + columns] for row in rows] for i in range(0, len(rows[0]), columns)]
+    sheets = [grid(np.concatenate(part), columns=len(part[0])) for part in parts]
+    missing = [sheets[0].shape[1] - sheet.shape[1] for sheet in sheets]
+    padded = [
+        np.pad(sheet, ((0, 0), (0, n), (0, 0)), constant_values=255)
+        for sheet, n in zip(sheets, missing, strict=True)
+    ]
+    return np.concatenate(padded)
 
 
 def save(path: Path, picture: Picture) -> None:
@@ -101,7 +109,10 @@ def film(
 
 
 def curves(metrics: Path, path: Path) -> None:
-    """Loss, mse, kl and bits per dimension, as far as a `metrics.jsonl` has them, by step."""
+    """Loss, mse, kl and bits per dimension, as far as a `metrics.jsonl` has them, by step.
+
+    Where the loss is the mse itself there is one panel for both.
+    """
     lines: dict[str, list[dict]] = {"train": [], "validation": []}
     with metrics.open() as file:
         for line in map(json.loads, file):
@@ -112,10 +123,13 @@ def curves(metrics: Path, path: Path) -> None:
         ("kl", "kl (nats per latent dimension)", "log"),
         ("bits_per_dim", "bits per dimension", "linear"),
     ]
-    panels = [p for p in panels if any(p[0] in line for split in lines.values() for line in split)]
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3 * rows), layout="constrained", dpi=120)
-    places = figure.subplots(rows, 2, squeeze=False).flat
+    every = [line for split in lines.values() for line in split]
+    panels = [p for p in panels if any(p[0] in line for line in every)]
+    if all(line["loss"] == line["mse"] for line in every):
+        panels = [p for p in panels if p[0] != "loss"]
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained", dpi=120)
+    places = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, label, scale) in zip(places, panels, strict=False):
         for split, style in (("train", {"alpha": 0.5, "lw": 1}), ("validation", {"marker": "."})):
             points = [(p["step"], p[name]) for p in lines[split] if name in p]

@@ -27,6 +27,8 @@ class Flags(Config):
     kl_weight: float | None = None
     latent_dim: int | None = None
     norm: str | None = None
+    width: int | None = None
+    noise: float | None = None
 
 
 def test_own_data_take_the_reports_recipe_and_drawn_faces_the_quick_one():
@@ -71,6 +73,7 @@ def test_a_flag_wins_over_the_recipes_loss():
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("epochs", 0), ("steps", 0), ("batch_size", -1), ("latent_dim", 0), ("log_steps", 0)]
+    + [("width", 0), ("noise", -0.1)]
     + [("checkpoint_steps", 0), ("keep", 0), ("seed", -1), ("seed", 2**32), ("kl_weight", -0.1)]
     + [("kl_weight", float("nan")), ("learning_rate", 0.0), ("learning_rate", float("inf"))]
     + [("checkpoint_minutes", -1.0)],

@@ -29,6 +29,7 @@ class Autoencoder:
 
     title: ClassVar[str]  # what a person calls it
     has_prior: ClassVar[bool] = False  # whether the codes of new faces can be drawn
+    denoises: ClassVar[bool] = False  # whether `corrupt` is more than the identity
 
     @property
     def code(self) -> tuple[int, ...]:

@@ -51,11 +51,11 @@ class Album:
         return np.asarray(faces)
 
     def _reconstructions(self, state: TrainState, path: Path) -> None:
-        """What the model is shown above what it makes of it, and the clean faces where those are
-        not what it is shown."""
+        """What the model is shown above what it makes of it, and below both the clean faces where
+        it was shown noisy ones."""
         again = generate.reconstruct(state.params, state.statistics, self._shown, model=self._model)
         rows = [self._shown, np.asarray(again)]
-        if not np.array_equal(self._shown, self._faces):
+        if self._model.denoises:
             rows.append(self._faces)
         pictures.save(path, pictures.strips(rows))
 

@@ -74,7 +74,8 @@ COUNT: Range = (lambda value: value >= 1, "at least 1")
 WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "latent_dim", "keep"), COUNT),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "keep"), COUNT),
+    **dict.fromkeys(("latent_dim", "width"), COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
     **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes"), POSITIVE),

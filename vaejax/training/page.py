@@ -6,6 +6,7 @@ from shlex import quote
 
 from vaejax import pictures
 from vaejax.models import autoencoder
+from vaejax.models.autoencoder import Autoencoder
 from vaejax.training import run
 
 FIGURES = {
@@ -30,19 +31,22 @@ def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
 
 def what_next(folder: Path) -> str:
     new = folder / "faces.png"
+    model = autoencoder.build(run.read(folder)["model"])
     there = f"New faces are in {new}, the" if new.exists() else "The"
     return (
         f"{there} film of the learning is in {folder / 'learning.mp4'}, all else in "
-        f"{folder / 'README.md'}.\nMore:  " + "\n       ".join(_commands(folder))
+        f"{folder / 'README.md'}.\nMore:  " + "\n       ".join(commands(model, folder))
     )
 
 
-def _commands(folder: Path) -> list[str]:
+def commands(model: Autoencoder, folder: Path | str) -> list[str]:
     """What can be done with such a run."""
-    model = autoencoder.build(run.read(folder)["model"])
-    verbs = ["sample", "reconstruct"] if model.has_prior else ["reconstruct"]
-    endings = {"sample": "--seeds 0-24", "reconstruct": "IMAGE..."}
-    return [f"vaejax {verb} {quote(str(folder))} {endings[verb]}" for verb in verbs]
+    known = (
+        ("sample", "--seeds 0-24", model.has_prior),
+        ("denoise", "IMAGE...", model.denoises),
+        ("reconstruct", "IMAGE...", True),
+    )
+    return [f"vaejax {verb} {quote(str(folder))} {rest}" for verb, rest, can in known if can]
 
 
 def write(folder: Path) -> None:
@@ -66,10 +70,10 @@ def write(folder: Path) -> None:
         values = [f"{c[name]:.5g}" if c and name in c else "" for c in columns]
         if any(values):
             lines.append(f"| {name} | {' | '.join(values)} | {meaning} |")
-    lines += ["", _steps(columns), "", *_pictures(folder), "", "## Going on", "", "```"]
+    lines += ["", _steps(columns), "", *_pictures(folder, model), "", "## Going on", "", "```"]
     lines += [
         f"{state['command']}     # goes on, if it is not finished",
-        *_commands(folder),
+        *commands(model, folder),
         "```",
         "",
         "`config.json` is what identifies this run, `run.json` where it was made, `metrics.jsonl` "
@@ -86,12 +90,15 @@ def _steps(columns: tuple[dict | None, ...]) -> str:
     return "; ".join(steps) + "." if steps else "No update was made yet."
 
 
-def _pictures(folder: Path) -> list[str]:
+def _pictures(folder: Path, model: Autoencoder) -> list[str]:
     """What there is to be seen, newest first."""
+    held_out = "Held-out faces above their reconstructions"
+    if model.denoises:
+        held_out = "Held-out faces with noise, what the model makes of them, and without noise"
     shown = [
         ("New faces", folder / "faces.png"),
         ("Samples", _newest(folder / "samples")),
-        ("Held-out faces above their reconstructions", _newest(folder / "reconstructions")),
+        (held_out, _newest(folder / "reconstructions")),
         ("Learning", folder / "learning.gif"),
         ("Curves", folder / "curves.png"),
     ]
