@@ -28,6 +28,10 @@ class Prepare:
     size: int = 64  # height and width, pixels
     out: Path | None = None  # where it shall lie (none: the user's cache)
     allow_refused: bool = False  # go on although more than 5 % of the files are no usable image
+    # Apache Beam's runner to do it, such as FlinkRunner (none: the cores of this machine); vaejax
+    # is installed where its workers run, and they see source and out under the same paths
+    beam: str | None = None
+    beam_options: str = ""  # for its pipelines: --beam-options="--parallelism=8 --job_name=faces"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ def prepare(command: Prepare) -> None:
     from vaejax.data.prepare import prepare
 
     folder = prepare(
-        command.source, size=command.size, out=command.out, allow_refused=command.allow_refused
+        command.source,
+        size=command.size,
+        out=command.out,
+        allow_refused=command.allow_refused,
+        beam=command.beam,
+        beam_options=command.beam_options,
     )
     print(f"prepared: {folder}")
 
