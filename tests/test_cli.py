@@ -40,6 +40,12 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["prepare", "nowhere"], "nowhere"),
         (["prepare", ".", "--size", "x"], "--size"),
         (["prepare", "."], "no images"),
+        (["prepare", ".", "--margin", "0.5"], "--margin without --crop-faces"),
+        (["prepare", ".", "--cascade", "a.xml"], "--cascade without --crop-faces"),
+        (["prepare", ".", "--debug-sheet", "a.png"], "add --crop-faces"),
+        (["prepare", ".", "--crop-faces", "--cascade", "a.xml"], "a.xml does not exist"),
+        (["prepare", ".", "--crop-faces", "--debug-sheet", "a.jpg"], "must end in .png"),
+        (["prepare", ".", "--crop-faces", "--margin", "3"], "--margin 3.0: from 0 to 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -28,6 +28,10 @@ class Prepare:
     size: int = 64  # height and width, pixels
     out: Path | None = None  # where it shall lie (none: the user's cache)
     allow_refused: bool = False  # go on although more than 5 % of the files are no usable image
+    crop_faces: bool = False  # cut every picture down to its largest face
+    cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
+    margin: float | None = None  # around a face, in sides of its box (none: 0.3)
+    debug_sheet: Path | None = None  # a PNG that shows which faces were found where
     # Apache Beam's runner to do it, such as FlinkRunner (none: the cores of this machine); vaejax
     # is installed where its workers run, and they see source and out under the same paths
     beam: str | None = None
@@ -53,13 +57,20 @@ class Reconstruct:
 
 
 def prepare(command: Prepare) -> None:
+    from vaejax.data.faces import Crop
     from vaejax.data.prepare import prepare
 
+    flags = {"cascade": command.cascade, "margin": command.margin}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if given and not command.crop_faces:
+        raise UserError(f"--{' and --'.join(given)} without --crop-faces would change nothing")
     folder = prepare(
         command.source,
         size=command.size,
         out=command.out,
         allow_refused=command.allow_refused,
+        crop=Crop(**given) if command.crop_faces else None,
+        debug_sheet=command.debug_sheet,
         beam=command.beam,
         beam_options=command.beam_options,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -12,11 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import cv2.data
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
 from vaejax.data.batches import Images, stream
+from vaejax.data.faces import Crop, Finder
 from vaejax.data.prepare import builder, prepare
 from vaejax.data.records import read_report
 from vaejax.errors import UserError
@@ -151,6 +156,72 @@ def test_workers_in_a_process_of_their_own_do_the_same(
     folder = by_beam(album, tmp_path / "set", beam_options=options)
     assert_same_records(folder, by_threads)
     assert_same_report(folder, by_threads)
+
+
+# The same with faces
+
+
+CASCADE = Path(cv2.data.haarcascades, "haarcascade_frontalface_alt2.xml")
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5 pictures of one face, one of two, three of none, one that is broken."""
+    folder = tmp_path_factory.mktemp("portraits")
+    head = Image.fromarray(data.astronaut()[:300, 80:380]).resize((150, 150))
+    for i in range(5):
+        page = Image.new("RGB", (240, 180), "grey")
+        page.paste(head, (20 * i, 15))
+        page.save(folder / f"one {i}.png")
+    two = Image.new("RGB", (300, 170), "grey")
+    two.paste(head.resize((100, 100)), (10, 0))
+    two.paste(head, (140, 10))
+    two.save(folder / "two.png")
+    for name, colour in {"a": "red", "z": "green", "n": "blue"}.items():
+        Image.new("RGB", (200, 150), colour).save(folder / f"{name}.png")
+    (folder / "page.jpg").write_text("<html>")
+    return folder
+
+
+@needs_beam
+@pytest.mark.parametrize("crop", [Crop(), Crop(cascade=CASCADE, margin=0.1)])
+def test_faces_are_cut_out_the_same_and_so_is_their_sheet(
+    portraits: Path, tmp_path: Path, monkeypatch, crop: Crop
+):
+    from vaejax.data import beam
+
+    monkeypatch.setattr(beam, "FILES", 3)
+    folders = [
+        make(portraits, tmp_path / name, size=32, crop=crop, allow_refused=True, beam=runner)
+        for name, runner in {"beam": "DirectRunner", "threads": None}.items()
+    ]
+    assert read_report(folders[0])["accepted"] == 6
+    assert_same_records(*folders)
+    assert_same_report(*folders)
+    sheets = [(folder / "faces_sheet.png").read_bytes() for folder in folders]
+    assert sheets[0] == sheets[1]
+    assert names(folders[0]) == names(folders[1])
+
+
+@needs_beam
+def test_the_faces_sheet_is_there_when_too_many_have_none(portraits: Path, tmp_path: Path):
+    sheets = []
+    for runner in (None, "DirectRunner"):
+        sheet = tmp_path / f"{runner}.png"
+        message = failure(portraits, tmp_path / "set", crop=Crop(), debug_sheet=sheet, beam=runner)
+        assert "4 of 10 files" in message
+        sheets.append(sheet.read_bytes())
+    assert sheets[0] == sheets[1]
+
+
+def test_a_finder_on_another_machine_has_the_same_cascade(tmp_path: Path):
+    shutil.copy(CASCADE, tmp_path / "cascade.xml")
+    finder = Finder(Crop(cascade=tmp_path / "cascade.xml", margin=0.1))
+    assert pickle.loads(pickle.dumps(finder)).identity == finder.identity
+    content = pickle.dumps(finder)
+    shutil.copy(CASCADE.with_name("haarcascade_frontalface_alt.xml"), tmp_path / "cascade.xml")
+    with pytest.raises(UserError, match=r"cascade\.xml is another one on this machine"):
+        pickle.loads(content)
 
 
 # What goes wrong

@@ -41,7 +41,9 @@ from tensorflow_datasets.core.writer import ExampleWriter
 
 from vaejax.data import records
 from vaejax.data.decode import Refused
-from vaejax.data.gather import Gathered, Pixels, _examine, _Examined, collected
+from vaejax.data.faces import NO_FACE, Finder
+from vaejax.data.gather import Gathered, Pixels, _examine, _Examined, _NoFace, collected
+from vaejax.data.sheet import Seen
 from vaejax.data.sources import Entry, Listing, reader
 from vaejax.errors import UserError
 
@@ -57,7 +59,9 @@ class Beam:
     options: tuple[str, ...] = ()
 
     @contextlib.contextmanager
-    def gathered(self, files: Listing, raw: Path, *, source: Path, size: int) -> Iterator[Gathered]:
+    def gathered(
+        self, files: Listing, raw: Path, source: Path, *, size: int, finder: Finder | None
+    ) -> Iterator[Gathered]:
         """What the files hold; the pixels lie in `raw` until the end of the block."""
         raw.mkdir()
         parts = []
@@ -66,8 +70,10 @@ class Beam:
             _write(parts[-1], [astuple(entry) for entry in files.entries[start : start + FILES]])
         with self._running(), beam.Pipeline(self._start(), self._settings()) as pipeline:
             names = pipeline | beam.Create([str(part) for part in parts]) | beam.Reshuffle()
-            _ = names | beam.ParDo(_Look(source.resolve(), size))
-        yield collected(files.entries, _results(parts), _Stored(raw, size))
+            _ = names | beam.ParDo(_Look(source.resolve(), size, finder))
+        found = collected(files.entries, _results(files.entries, parts), _Stored(raw, size))
+        found.sheet.draw(lambda there: _drawn(there, files.read, size, finder))
+        yield found
         shutil.rmtree(raw)
 
     def write(
@@ -169,8 +175,8 @@ class _Stored:
 class _Look(beam.DoFn):
     """Decode the files that a part of the listing names."""
 
-    def __init__(self, source: Path, size: int):
-        self._source, self._size = source, size
+    def __init__(self, source: Path, size: int, finder: Finder | None):
+        self._source, self._size, self._finder = source, size, finder
 
     def setup(self) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # as `gather` does
@@ -182,11 +188,12 @@ class _Look(beam.DoFn):
         with _replaced(f"{element}.pixels") as path, path.open("wb") as file:
             pixels = Pixels(file, self._size)
             for fields in _read(Path(element)):
-                result = _examine(Entry(*fields), self._bytes_of, self._size)
+                result = _examine(Entry(*fields), self._bytes_of, self._size, self._finder)
                 if isinstance(result, Refused):
                     facts.append(result.reason)
                 else:
-                    facts.append([result.sha256, result.dimensions])
+                    faces = None if result.seen is None else result.seen.faces
+                    facts.append([result.sha256, result.dimensions, faces])
                     pixels.append(result.pixels)
         with _replaced(f"{element}.facts") as path:
             _write(path, facts)
@@ -195,16 +202,34 @@ class _Look(beam.DoFn):
         self._open.close()
 
 
-def _results(parts: Iterable[Path]) -> Iterator[_Examined | Refused]:
+@dataclass(frozen=True)
+class _There(Seen):
+    """A picture that a worker saw: its thumbnail is drawn here, if the sheet shows it."""
+
+    entry: Entry
+
+
+def _results(entries: Iterable[Entry], parts: Iterable[Path]) -> Iterator[_Examined | Refused]:
     """What came of the files, in the order of the listing; their pixels stay where they are."""
+    none = np.zeros((1, 1, 3), np.uint8)
+    entry_of = iter(entries)
     for part in parts:
         count = itertools.count()
-        for fact in _read(Path(f"{part}.facts")):
+        for fact, entry in zip(_read(Path(f"{part}.facts")), entry_of, strict=False):
             if isinstance(fact, str):
-                yield Refused(fact)
+                yield _NoFace(_There(none, 0, entry)) if fact == NO_FACE else Refused(fact)
             else:
-                sha256, (width, height) = fact
-                yield _Examined(sha256, (width, height), (f"{part}.pixels", next(count)))
+                sha256, (width, height), faces = fact
+                seen = None if faces is None else _There(none, faces, entry)
+                place = (f"{part}.pixels", next(count))
+                yield _Examined(sha256, (width, height), place, seen)
+
+
+def _drawn(there: Any, read: Callable[[Entry], bytes], size: int, finder: Finder | None) -> Seen:
+    result = _examine(there.entry, read, size, finder)
+    if not isinstance(result, _NoFace | _Examined) or result.seen is None:
+        raise UserError(f"{there.entry.path} changed while it was prepared; nothing was kept.")
+    return result.seen
 
 
 def _pixels(path: str, number: int, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:

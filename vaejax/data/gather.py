@@ -1,4 +1,4 @@
-"""One pass over the files: read, judged, decoded and resized by all cores, each of them once.
+"""One pass over the files: read, judged, decoded, cropped and resized by all cores.
 
 The pixels go to a file, one image after the other; memory holds paths and hashes, and the few
 images under way.
@@ -6,6 +6,7 @@ images under way.
 
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
@@ -14,14 +15,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from vaejax.data import faces
 from vaejax.data.decode import Refused, opened, pixels, resize
+from vaejax.data.sheet import Seen, Sheet, seen
 from vaejax.data.sources import Entry, Listing
 
 # 49 megapixels with transparency fit into 190 KB and unpack to 1 GB: one such image at a time, or
@@ -29,6 +32,8 @@ from vaejax.data.sources import Entry, Listing
 _LARGE_PIXELS = 8_000_000
 
 _SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
+
+_Result = TypeVar("_Result")
 
 
 class Pixels:
@@ -55,6 +60,8 @@ class Gathered:
     hashes: list[str] = field(default_factory=list)  # SHA-256 of the file, in hex
     dimensions: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height)
     refused: list[dict[str, str]] = field(default_factory=list)
+    several_faces: int = 0
+    sheet: Sheet = field(default_factory=Sheet)  # without a picture if faces were not looked for
 
 
 def gather(
@@ -62,15 +69,16 @@ def gather(
     file: BinaryIO,
     *,
     size: int,
+    finder: faces.Finder | None,
     threads: int | None,
     say: Callable[[str], None],
 ) -> Gathered:
-    """Look at every file, and keep the images' pixels in `file`."""
+    """Look at every file, and keep the images' pixels in `file`: their faces', with a finder."""
     with warnings.catch_warnings():
         # Pillow remarks on odd files, one by one; what is wrong with them is reported by us.
         warnings.filterwarnings("ignore", module="PIL")
         results = _in_order(
-            lambda entry: _examine(entry, files.read, size),
+            lambda entry: _examine(entry, files.read, size, finder),
             files.entries,
             threads=threads or os.cpu_count() or 1,
         )
@@ -84,9 +92,14 @@ def collected(
     """What came of the files, one by one."""
     found = Gathered(pixels)
     for entry, result in zip(entries, results, strict=True):
+        if isinstance(result, _NoFace):
+            found.sheet.add(entry.path, result.seen)
         if isinstance(result, Refused):
             found.refused.append({"path": entry.path, "reason": result.reason})
             continue
+        if result.seen is not None:
+            found.sheet.add(entry.path, result.seen)
+            found.several_faces += result.seen.faces > 1
         found.pixels.append(result.pixels)
         found.paths.append(entry.path)
         found.hashes.append(result.sha256)
@@ -99,27 +112,69 @@ class _Examined:
     sha256: str
     dimensions: tuple[int, int]
     pixels: Any  # UInt8 [size size 3], or where a worker on another machine has left them
+    seen: Seen | None  # where faces are looked for
 
 
-def _examine(entry: Entry, read: Callable[[Entry], bytes], size: int) -> _Examined | Refused:
+class _NoFace(Refused):
+    def __init__(self, seen: Seen):
+        super().__init__(faces.NO_FACE)
+        self.seen = seen
+
+
+def _examine(
+    entry: Entry, read: Callable[[Entry], bytes], size: int, finder: faces.Finder | None
+) -> _Examined | Refused:
     if entry.refused:
         return Refused(entry.refused)
     try:
         data = read(entry)
         image = opened(data)
         dimensions = image.size
-        if _is_large(image):
-            small = _one_at_a_time().submit(_shrunk, image, size).result()
+        if finder is None:
+            # Twice the size, so that the last step down is our averaging and not libjpeg's.
+            whole = functools.partial(resize, size=size)
+            small, what = _decoded(image, whole, at_least=2 * size), None
         else:
-            small = _shrunk(image, size)
+            small, what = _face(image, data, size, finder)
     except Refused as refused:
         return refused
-    return _Examined(hashlib.sha256(data).hexdigest(), dimensions, small)
+    return _Examined(hashlib.sha256(data).hexdigest(), dimensions, small, what)
 
 
-def _shrunk(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    # Twice the size, so that the last step down is our averaging and not libjpeg's.
-    return resize(pixels(image, at_least=2 * size), size)
+def _face(
+    image: Image.Image, data: bytes, size: int, finder: faces.Finder
+) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], Seen]:
+    """The largest face alone: looked for in a small picture, and cut out of one that is as large
+    as the face needs: a photograph of many megapixels is decoded small twice, and hardly ever
+    whole."""
+    look = _decoded(image, faces.small, at_least=faces.LOOK)
+    boxes = finder.find(look)
+    what = seen(look, boxes, margin=finder.margin)
+    if not boxes:
+        raise _NoFace(what)
+    around = faces.square(faces.choose(boxes), finder.margin, look.shape[:2])
+
+    def cut(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+        box = faces.scaled(around, max(picture.shape) / max(look.shape))
+        # what was rounded may be a pixel outside
+        return resize(faces.crop(picture, faces.square(box, 0.0, picture.shape[:2])), size)
+
+    # so that twice the size is left of the face, as above
+    at_least = math.ceil(2 * size * min(look.shape[:2]) / around.width)
+    return _decoded(opened(data), cut, at_least=at_least), what
+
+
+def _decoded(
+    image: Image.Image, function: Callable[[np.ndarray], _Result], *, at_least: int
+) -> _Result:
+    """The function of the image's pixels; of one image at a time, where they are many."""
+
+    def work() -> _Result:
+        return function(pixels(image, at_least=at_least))
+
+    if _is_large(image, at_least):
+        return _one_at_a_time().submit(work).result()
+    return work()
 
 
 @functools.cache
@@ -128,11 +183,12 @@ def _one_at_a_time() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1)
 
 
-def _is_large(image: Image.Image) -> bool:
+def _is_large(image: Image.Image, at_least: int) -> bool:
     """Whether its pixels need much memory; a photograph that is not progressive is decoded small
     from the start."""
-    streams = image.format in ("JPEG", "MPO") and not image.info.get("progressive")
-    return not streams and image.width * image.height > _LARGE_PIXELS
+    if image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
+        image.draft(None, (at_least, at_least))  # from here on it has the size that it will get
+    return image.width * image.height > _LARGE_PIXELS
 
 
 def _in_order(

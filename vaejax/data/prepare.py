@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vaejax import pictures
-from vaejax.data import records
+from vaejax.data import records, sheet
+from vaejax.data.faces import Crop, Finder
 from vaejax.data.gather import Gathered
 from vaejax.data.records import builder
 from vaejax.data.report import of_files, of_images, summary
@@ -43,10 +44,12 @@ FEWEST = 3  # different images: one to learn from, two to hold out
 class _Job:
     source: Path
     files: Listing
-    key: str  # says which listing at which size
+    key: str  # says which listing at which size, cropped how
     size: int
     folder: Path
     by: "Threads | Beam"
+    finder: Finder | None
+    debug_sheet: Path | None
 
 
 def prepare(
@@ -59,6 +62,8 @@ def prepare(
     beam: str | None = None,
     beam_options: str = "",
     say: Callable[[str], None] = print,
+    crop: Crop | None = None,
+    debug_sheet: Path | None = None,
 ) -> Path:
     """The prepared set of a folder or a zip, at `size` x `size` pixels; made if it is not there.
 
@@ -66,26 +71,37 @@ def prepare(
     listing: the same call finds it again, and a changed source makes another. A source that is a
     prepared set already is handed back.
 
+    With `crop` a picture is its largest face; a sheet shows which were found where. It lies in the
+    prepared set, and at `debug_sheet` too, even when so many have none that this is an error.
+
     With `beam` a runner of Apache Beam does the work (DirectRunner, FlinkRunner, DataflowRunner or
-    another), and the set is the same. Its workers must see `source` and `out` under these paths;
-    `beam_options` are what one would write on Beam's command line.
+    another), and the set is the same. Its workers must see `source`, `out` and the crop's cascade
+    under these paths; `beam_options` are what one would write on Beam's command line.
     """
     source = Path(source)
+    finder = None if crop is None else Finder(crop)
+    if debug_sheet is not None and finder is None:
+        raise UserError("--debug-sheet shows which faces were found: add --crop-faces.")
     if records.is_prepared(source):
-        return _prepared_already(source, size=size, out=out)
+        folder = _prepared_already(source, size=size, out=out, finder=finder)
+        sheet.refuse_no_place(debug_sheet, outside=[folder])
+        sheet.copy(folder, debug_sheet)
+        return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
     by = workers(beam, beam_options, threads=threads, say=say)
     with listing(source) as files:
-        key = _listing_key(files.entries, size)
+        key = _listing_key(files.entries, size, finder)
         folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
+        sheet.refuse_no_place(debug_sheet, outside=[source, folder])
         try:
             if _is_there(folder, key):
+                sheet.copy(folder, debug_sheet)
                 say(f"Using the prepared set {printable(folder)}.")
                 return folder
             _check_place(folder, source)
             with appearing(folder) as partial:
-                job = _Job(source, files, key, size, folder, by)
+                job = _Job(source, files, key, size, folder, by, finder, debug_sheet)
                 _check_room(partial, job)
                 report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
@@ -100,35 +116,41 @@ def prepare(
     return folder
 
 
-def look(source: Path, *, size: int) -> tuple[Path | None, int]:
+def look(source: Path, *, size: int, crop: Crop | None = None) -> tuple[Path | None, int]:
     """What `prepare` would start from, without preparing it: the prepared set, if it is there in
     the cache or the source is one, and how many images or files there are."""
     source = Path(source)
+    finder = None if crop is None else Finder(crop)
     if records.is_prepared(source):
-        folder = _prepared_already(source, size=size, out=None)
+        folder = _prepared_already(source, size=size, out=None, finder=finder)
         return folder, records.check(folder)["accepted"]
     with listing(source) as files:
-        folder = _cache_folder(source, size, _listing_key(files.entries, size))
+        folder = _cache_folder(source, size, _listing_key(files.entries, size, finder))
         return (folder if records.is_prepared(folder) else None), len(files.entries)
 
 
 # Where it lies
 
 
-def _prepared_already(source: Path, *, size: int, out: Path | None) -> Path:
-    found = records.check(source)["size"]
+def _prepared_already(source: Path, *, size: int, out: Path | None, finder: Finder | None) -> Path:
+    report = records.check(source)
+    found = report["size"]
     if found != size:
         raise UserError(
             f"{printable(source)} is prepared at {found}x{found}, not {size}x{size}. "
             f"Use --size {found}, or prepare the original images again."
         )
+    if finder is not None:
+        finder.refuse_other(source, report.get("crop"))
     if out is not None and Path(out).resolve() != source.resolve():
         raise UserError(f"{printable(source)} is prepared already: leave out --out.")
     return source
 
 
-def _listing_key(entries: Iterable[Entry], size: int) -> str:
+def _listing_key(entries: Iterable[Entry], size: int, finder: Finder | None) -> str:
     key = hashlib.sha256(f"{records.FORMAT}, {size} pixels\n".encode())
+    if finder is not None:
+        key.update(json.dumps(finder.identity).encode())
     for entry in entries:
         key.update(json.dumps([entry.path, entry.size, entry.stamp]).encode())
     return key.hexdigest()
@@ -150,8 +172,8 @@ def _is_there(folder: Path, key: str) -> bool:
             return True
         raise UserError(
             f"{printable(folder)} holds another prepared set: {report['source']} at "
-            f"{report['size']}x{report['size']}, or as that was before it changed. "
-            "Choose another --out, or delete that folder."
+            f"{report['size']}x{report['size']}, or as that was before it changed, or not "
+            "cropped in this way. Choose another --out, or delete that folder."
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{printable(folder)} is a file. Choose another --out.")
@@ -185,7 +207,10 @@ def _check_room(partial: Path, job: _Job) -> None:
 def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
     start = time.monotonic()
     raw = partial / "pixels"
-    with job.by.gathered(job.files, raw, source=job.source, size=job.size) as found:
+    with job.by.gathered(job.files, raw, job.source, size=job.size, finder=job.finder) as found:
+        if job.finder is not None and job.files.entries:
+            found.sheet.save(partial / sheet.NAME)
+            sheet.copy(partial, job.debug_sheet)
         _judge(found, job, allow_refused=allow_refused)
         written = _write_images(partial, found, job)
     report = {
@@ -195,7 +220,7 @@ def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 3),
         "ignored": job.files.ignored,
         "listing": job.key,
-        **of_images(found, job.size),
+        **of_images(found, job.size, job.finder),
         **written,
         "files": of_files(partial),
     }
@@ -238,15 +263,18 @@ def _judge(found: Gathered, job: _Job, *, allow_refused: bool) -> None:
         raise UserError(f"no images in {source}: no file there could be one ({kinds}).")
     counts = Counter(refusal["reason"] for refusal in found.refused).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
+    hint = sheet.hint(job.debug_sheet) if job.finder else ""
     if not found.paths:
-        raise UserError(f"no usable images in {source} (0 of {files:,} files): {reasons}. {kinds}.")
+        raise UserError(
+            f"no usable images in {source} (0 of {files:,} files): {reasons}. {kinds}.{hint}"
+        )
     if len(found.refused) > MOST_REFUSED * files and not allow_refused:
         _write_json(_refusals_file(job), found.refused)
         examples = ", ".join(refusal["path"] for refusal in found.refused[:3])
         raise UserError(
             f"{len(found.refused):,} of {files:,} files of {source} cannot be used: {reasons}; for "
             f"example {examples}. All are listed in {printable(_refusals_file(job))}. Mend or "
-            "remove them, or leave them out by --allow-refused."
+            f"remove them, or leave them out by --allow-refused.{hint}"
         )
     different = len(set(found.hashes))
     if different < FEWEST:

@@ -1,6 +1,7 @@
 """What a preparation found, in figures."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,17 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from vaejax.data.faces import NO_FACE, Finder
 from vaejax.data.gather import Gathered
+from vaejax.data.sources import printable
 
 
-def of_images(found: Gathered, size: int) -> dict[str, Any]:
-    return {
+def of_images(found: Gathered, size: int, finder: Finder | None) -> dict[str, Any]:
+    """With a finder, "crop" tells how the faces were found."""
+    report = {
         "accepted": len(found.paths),
         "refused": found.refused,
         "duplicates": _duplicates(found),
         "sizes": _sizes(found.dimensions),
-        "fingerprint": _fingerprint(found.hashes, size),
+        "fingerprint": _fingerprint(found.hashes, size, finder),
     }
+    if finder is not None:
+        cascade = {"cascade": printable(finder.cascade.name)}
+        report["crop"] = {**cascade, **finder.identity, "several_faces": found.several_faces}
+    return report
 
 
 def of_files(folder: Path) -> dict[str, int]:
@@ -32,10 +40,14 @@ def summary(report: dict[str, Any]) -> str:
     parts = ", ".join(f"{count:,} {name}" for name, count in report["splits"].items())
     copies = sum(len(paths) - 1 for paths in report["duplicates"])
     persons = f" of {report['persons']:,} persons" if report["persons"] else ""
+    faces = ""
+    if "crop" in report:
+        none = sum(refusal["reason"] == NO_FACE for refusal in report["refused"])
+        faces = f" {report['crop']['several_faces']:,} with several faces and {none:,} with none,"
     return (
         f"Prepared {report['accepted']:,} images{persons} from {report['source']} at "
-        f"{report['size']}x{report['size']} ({parts}); {len(report['refused']):,} files refused, "
-        f"{copies:,} copies kept, {report['seconds']:.1f} s."
+        f"{report['size']}x{report['size']} ({parts}); {len(report['refused']):,} files "
+        f"refused,{faces} {copies:,} copies kept, {report['seconds']:.1f} s."
     )
 
 
@@ -61,6 +73,8 @@ def _sizes(dimensions: Counter[tuple[int, int]]) -> dict[str, Any]:
     return {**sides, "most_common": common}
 
 
-def _fingerprint(hashes: Iterable[str], size: int) -> str:
-    """The same for the same images at the same size, wherever they lay and whatever their names."""
-    return hashlib.sha256("\n".join([*sorted(hashes), str(size)]).encode()).hexdigest()
+def _fingerprint(hashes: Iterable[str], size: int, finder: Finder | None) -> str:
+    """The same for the same images at the same size, cropped in the same way, wherever they lay
+    and whatever their names."""
+    crop = [] if finder is None else [json.dumps(finder.identity)]
+    return hashlib.sha256("\n".join([*sorted(hashes), str(size), *crop]).encode()).hexdigest()

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vaejax.data import records
+from vaejax.data.faces import Finder
 from vaejax.data.gather import Gathered, gather
 from vaejax.data.sources import Listing
 from vaejax.errors import UserError
@@ -27,10 +28,12 @@ class Threads:
     say: Callable[[str], None]
 
     @contextlib.contextmanager
-    def gathered(self, files: Listing, raw: Path, *, source: Path, size: int) -> Iterator[Gathered]:
+    def gathered(
+        self, files: Listing, raw: Path, source: Path, *, size: int, finder: Finder | None
+    ) -> Iterator[Gathered]:
         """What the files hold; the pixels lie in `raw` until the end of the block."""
         with raw.open("w+b") as file:
-            yield gather(files, file, size=size, threads=self.count, say=self.say)
+            yield gather(files, file, size=size, finder=finder, threads=self.count, say=self.say)
         raw.unlink()
 
     def write(
