@@ -85,6 +85,17 @@ def test_prepare_leaves_its_report_where_it_was_told(
     assert {"report.json", "contact_sheet.png"} <= {path.name for path in out.iterdir()}
 
 
+def test_prepare_crops_to_faces_and_shows_where_there_are_none(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    sheet = tmp_path / "sheet.png"
+    arguments = ["prepare", str(faces), "--crop-faces", "--debug-sheet", str(sheet)]
+    assert vaejax(*arguments, "--margin", "0.5", monkeypatch=monkeypatch) == 2
+    assert "(0 of 60 files): 60 no face found" in capsys.readouterr().err  # discs are none
+    with Image.open(sheet) as image:
+        assert image.width > 1000
+
+
 @pytest.fixture(scope="module")
 def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two updates of a small model: enough to draw with."""

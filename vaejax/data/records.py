@@ -2,6 +2,7 @@
 
     report.json          what was accepted, refused and doubled; the last file to be written
     contact_sheet.png    64 of the images
+    faces_sheet.png      where faces were found, if the images were cropped to them
     records/             what `tfds.builder_from_directory` reads: no TensorFlow, nothing to decode
 
 The records are written by TFDS's own features and described by its `write_metadata`, not by a
