@@ -32,6 +32,7 @@ DOORS = {
     "orbax": {"training/checkpoint.py"},
     "tyro": {"cli.py", "commands.py"},
     "tensorflow_datasets": {"data"},
+    "apache_beam": {"data/beam.py"},
     "cv2": {"data"},
     "imageio": {"pictures.py"},
     "matplotlib": {"pictures.py"},

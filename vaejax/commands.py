@@ -24,6 +24,10 @@ class Prepare:
     cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
     margin: float | None = None  # around a face, in sides of its box (none: 0.3)
     debug_sheet: Path | None = None  # a PNG that shows which faces were found where
+    # Apache Beam's runner to do it, such as FlinkRunner (none: the cores of this machine); vaejax
+    # is installed where its workers run, and they see source and out under the same paths
+    beam: str | None = None
+    beam_options: str = ""  # for its pipelines: --beam-options="--parallelism=8 --job_name=faces"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def prepare(command: Prepare) -> None:
         allow_refused=command.allow_refused,
         crop=asked(crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin),
         debug_sheet=command.debug_sheet,
+        beam=command.beam,
+        beam_options=command.beam_options,
     )
     print(f"prepared: {folder}")
 

@@ -6,7 +6,7 @@ Boxes are in whole pixels of the picture that they were found in.
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +65,18 @@ class Finder:
     def __init__(self, crop: Crop):
         if not 0 <= crop.margin <= 2:  # nor is nan
             raise UserError(f"--margin {crop.margin}: from 0 to 2 sides of the face can be added.")
-        self.margin = float(crop.margin)
+        self._crop, self.margin = crop, float(crop.margin)
         self.cascade = _FRONTAL if crop.cascade is None else Path(crop.cascade)
         digest = hashlib.sha256(_content(self.cascade)).hexdigest()
         self.identity: dict[str, Any] = {"cascade_sha256": digest, "margin": self.margin}
         self._of_thread = threading.local()
         self.find(np.zeros((LEAST_SIDE, LEAST_SIDE, 3), np.uint8))  # for its UserError, if any
+
+    def __reduce__(self):
+        """On another machine it is made anew, of the cascade that lies there."""
+        cascade = self._crop.cascade
+        crop = self._crop if cascade is None else replace(self._crop, cascade=cascade.resolve())
+        return _like, (crop, self.identity)
 
     def refuse_other(self, prepared: Path, crop: Any) -> None:
         """UserError unless "crop" of a prepared set's report tells of this crop."""
@@ -90,6 +96,14 @@ class Finder:
             return find(image, local.classifier.detectMultiScale)
         except cv2.error:
             raise _no_cascade(self.cascade) from None
+
+
+def _like(crop: Crop, identity: dict[str, Any]) -> Finder:
+    """A finder of the same identity as one elsewhere."""
+    finder = Finder(crop)
+    if finder.identity != identity:
+        raise UserError(f"the cascade {printable(finder.cascade)} is another one on this machine.")
+    return finder
 
 
 def small(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:

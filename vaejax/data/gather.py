@@ -55,7 +55,7 @@ class Pixels:
 class Gathered:
     """The images in the order of the listing, and every file that is none, with the reason."""
 
-    pixels: Pixels
+    pixels: Any  # images by number: `Pixels`, or another store of them
     paths: list[str] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # SHA-256 of the file, in hex
     dimensions: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height)
@@ -74,7 +74,6 @@ def gather(
     say: Callable[[str], None],
 ) -> Gathered:
     """Look at every file, and keep the images' pixels in `file`: their faces', with a finder."""
-    found = Gathered(Pixels(file, size))
     with warnings.catch_warnings():
         # Pillow remarks on odd files, one by one; what is wrong with them is reported by us.
         warnings.filterwarnings("ignore", module="PIL")
@@ -84,19 +83,27 @@ def gather(
             threads=threads or os.cpu_count() or 1,
         )
         progress = _shown(results, total=len(files.entries), say=say)
-        for entry, result in zip(files.entries, progress, strict=True):
-            if isinstance(result, _NoFace):
-                found.sheet.add(entry.path, result.seen)
-            if isinstance(result, Refused):
-                found.refused.append({"path": entry.path, "reason": result.reason})
-                continue
-            if result.seen is not None:
-                found.sheet.add(entry.path, result.seen)
-                found.several_faces += result.seen.faces > 1
-            found.pixels.append(result.pixels)
-            found.paths.append(entry.path)
-            found.hashes.append(result.sha256)
-            found.dimensions[result.dimensions] += 1
+        return collected(files.entries, progress, Pixels(file, size))
+
+
+def collected(
+    entries: Iterable[Entry], results: Iterable["_Examined | Refused"], pixels: Any
+) -> Gathered:
+    """What came of the files, one by one."""
+    found = Gathered(pixels)
+    for entry, result in zip(entries, results, strict=True):
+        if isinstance(result, _NoFace):
+            found.sheet.add(entry.path, result.seen)
+        if isinstance(result, Refused):
+            found.refused.append({"path": entry.path, "reason": result.reason})
+            continue
+        if result.seen is not None:
+            found.sheet.add(entry.path, result.seen)
+            found.several_faces += result.seen.faces > 1
+        found.pixels.append(result.pixels)
+        found.paths.append(entry.path)
+        found.hashes.append(result.sha256)
+        found.dimensions[result.dimensions] += 1
     return found
 
 
@@ -104,7 +111,7 @@ def gather(
 class _Examined:
     sha256: str
     dimensions: tuple[int, int]
-    pixels: UInt8[np.ndarray, "size size 3"]
+    pixels: Any  # UInt8 [size size 3], or where a worker on another machine has left them
     seen: Seen | None  # where faces are looked for
 
 

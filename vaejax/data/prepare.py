@@ -15,20 +15,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vaejax import pictures
 from vaejax.data import records, sheet
 from vaejax.data.faces import Crop, Finder
-from vaejax.data.gather import Gathered, gather
+from vaejax.data.gather import Gathered
 from vaejax.data.records import builder
 from vaejax.data.report import of_files, of_images, summary
 from vaejax.data.sources import Entry, Listing, listing, printable
 from vaejax.data.splits import INTERVALS, persons, splits
 from vaejax.data.whole import appearing
+from vaejax.data.workers import Threads, workers
 from vaejax.errors import UserError
+
+if TYPE_CHECKING:
+    from vaejax.data.beam import Beam
 
 __all__ = ["builder", "look", "prepare"]
 
@@ -43,6 +47,7 @@ class _Job:
     key: str  # says which listing at which size, cropped how
     size: int
     folder: Path
+    by: "Threads | Beam"
     finder: Finder | None
     debug_sheet: Path | None
 
@@ -54,6 +59,8 @@ def prepare(
     out: Path | None = None,
     allow_refused: bool = False,
     threads: int | None = None,
+    beam: str | None = None,
+    beam_options: str = "",
     say: Callable[[str], None] = print,
     crop: Crop | None = None,
     debug_sheet: Path | None = None,
@@ -66,6 +73,10 @@ def prepare(
 
     With `crop` a picture is its largest face; a sheet shows which were found where. It lies in the
     prepared set, and at `debug_sheet` too, even when so many have none that this is an error.
+
+    With `beam` a runner of Apache Beam does the work (DirectRunner, FlinkRunner, DataflowRunner or
+    another), and the set is the same. Its workers must see `source`, `out` and the crop's cascade
+    under these paths; `beam_options` are what one would write on Beam's command line.
     """
     source = Path(source)
     finder = None if crop is None else Finder(crop)
@@ -78,6 +89,7 @@ def prepare(
         return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
+    by = workers(beam, beam_options, threads=threads, say=say)
     with listing(source) as files:
         key = _listing_key(files.entries, size, finder)
         folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
@@ -89,9 +101,9 @@ def prepare(
                 return folder
             _check_place(folder, source)
             with appearing(folder) as partial:
-                job = _Job(source, files, key, size, folder, finder, debug_sheet)
+                job = _Job(source, files, key, size, folder, by, finder, debug_sheet)
                 _check_room(partial, job)
-                report = _fill(partial, job, allow_refused=allow_refused, threads=threads, say=say)
+                report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
             _is_there(folder, key)
             return folder
@@ -192,24 +204,15 @@ def _check_room(partial: Path, job: _Job) -> None:
 # What goes into it
 
 
-def _fill(
-    partial: Path,
-    job: _Job,
-    *,
-    allow_refused: bool,
-    threads: int | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
     start = time.monotonic()
     raw = partial / "pixels"
-    with raw.open("w+b") as file:
-        found = gather(job.files, file, size=job.size, finder=job.finder, threads=threads, say=say)
+    with job.by.gathered(job.files, raw, job.source, size=job.size, finder=job.finder) as found:
         if job.finder is not None and job.files.entries:
             found.sheet.save(partial / sheet.NAME)
             sheet.copy(partial, job.debug_sheet)
         _judge(found, job, allow_refused=allow_refused)
-        written = _write_images(partial, found, job.size)
-    raw.unlink()
+        written = _write_images(partial, found, job)
     report = {
         "format": records.FORMAT,
         "source": printable(job.source.resolve()),
@@ -226,25 +229,20 @@ def _fill(
     return report
 
 
-def _write_images(partial: Path, found: Gathered, size: int) -> dict[str, Any]:
+def _write_images(partial: Path, found: Gathered, job: _Job) -> dict[str, Any]:
     """The records and the contact sheet; what is known of them by then, for the report."""
     people = persons(found.paths)
     split_of = splits(found.hashes, people)
     order = sorted(range(len(found.paths)), key=lambda i: (found.hashes[i], found.paths[i]))
 
-    def of(split: str) -> Iterator[records.Record]:
+    def of(split: str) -> Iterator[tuple[int, records.Texts]]:
         for i in order:
             if split_of[i] == split:
-                yield {
-                    "image": found.pixels[i],
-                    "person": people[i],
-                    "path": found.paths[i],
-                    "sha256": found.hashes[i],
-                }
+                yield i, {"person": people[i], "path": found.paths[i], "sha256": found.hashes[i]}
 
-    folder = partial / "records"
+    folder, size = partial / "records", job.size
     folder.mkdir()
-    written = [records.write(folder, size=size, split=name, records=of(name)) for name in INTERVALS]
+    written = [job.by.write(folder, found, of(name), size=size, split=name) for name in INTERVALS]
     records.describe(folder, size=size, splits=written)
     sheet = np.stack([found.pixels[i] for i in order[:64]])
     pictures.save(partial / "contact_sheet.png", pictures.grid(sheet, columns=8))

@@ -7,7 +7,7 @@
 
 The records are written by TFDS's own features and described by its `write_metadata`, not by a
 `GeneratorBasedBuilder`: that one holds a split in memory up to 1 GB, and beyond that, with no
-TensorFlow installed, it dies.
+TensorFlow installed, it dies. On Apache Beam a TFDS builder writes them: `beam.py`.
 """
 
 import errno
@@ -37,13 +37,18 @@ _NEEDED = {
 }
 
 
-class Record(TypedDict):
-    """One example: pixels, whose face it is ("" if not known), where it came from, its hash."""
+class Texts(TypedDict):
+    """Whose face it is ("" if not known), where it came from, the hash of the file."""
 
-    image: UInt8[np.ndarray, "size size 3"]
     person: str
     path: str
     sha256: str
+
+
+class Record(Texts):
+    """One example."""
+
+    image: UInt8[np.ndarray, "size size 3"]
 
 
 def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotations are wrong
@@ -91,27 +96,40 @@ def write(
     folder: Path, *, size: int, split: str, records: Iterable[Record]
 ) -> "tfds.core.SplitInfo":
     """Write one split, record by record; memory does not grow with their number."""
-    import tensorflow_datasets as tfds
+    path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
+    serialize = features(size).serialize_example
+    count = save(os.fspath(path), (serialize(dict(record)) for record in records))
+    return split_info(folder, split=split, lengths=[count])
+
+
+def save(path: str, serialized: Iterable[bytes]) -> int:
+    """Write a file of records; how many they were."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    template = _template(folder)
-    path = template.replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
-    features = _features(size)
     # One record a group, so that reading one does not unpack its neighbours; unpacked, since
     # pixels that zstd packs by a tenth are read at two thirds of the speed.
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+    writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
     count = 0
     try:
-        for record in records:
-            writer.write(features.serialize_example(dict(record)))
+        for record in serialized:
+            writer.write(record)
             count += 1
         writer.close()
     except RuntimeError as error:  # which is what it makes of a full disk
         raise OSError(errno.EIO, str(error)) from None
+    return count
+
+
+def split_info(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.SplitInfo":
+    """What TFDS wants to know of a split whose files lie in `folder`, each so many records long."""
+    import tensorflow_datasets as tfds
+
+    template = _template(folder)
+    paths = template.replace(split=split).sharded_filepaths(num_shards=len(lengths))
     return tfds.core.SplitInfo(
         name=split,
-        shard_lengths=[count],
-        num_bytes=os.path.getsize(path),
+        shard_lengths=lengths,
+        num_bytes=sum(os.path.getsize(path) for path in paths),
         filename_template=template,
     )
 
@@ -122,7 +140,7 @@ def describe(folder: Path, *, size: int, splits: Iterable["tfds.core.SplitInfo"]
 
     tfds.folder_dataset.write_metadata(
         data_dir=os.fspath(folder),
-        features=_features(size),
+        features=features(size),
         split_infos=list(splits),
         filename_template=_template(folder),
         check_data=False,  # it would need TensorFlow
@@ -130,19 +148,20 @@ def describe(folder: Path, *, size: int, splits: Iterable["tfds.core.SplitInfo"]
     )
 
 
+def features(size: int) -> "tfds.features.FeaturesDict":
+    """A record as TFDS knows it."""
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="bytes")
+    texts = {name: tfds.features.Text() for name in Texts.__annotations__}
+    return tfds.features.FeaturesDict({"image": image, **texts})
+
+
 def _damaged(prepared: Path, what: str) -> UserError:
     return UserError(
         f"the prepared data set {printable(prepared)} is damaged: {what}. "
         "Delete that folder and prepare it again."
     )
-
-
-def _features(size: int) -> "tfds.features.FeaturesDict":
-    import tensorflow_datasets as tfds
-
-    image = tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="bytes")
-    texts = {name: tfds.features.Text() for name in ("person", "path", "sha256")}
-    return tfds.features.FeaturesDict({"image": image, **texts})
 
 
 def _template(folder: Path) -> "tfds.core.ShardedFileTemplate":

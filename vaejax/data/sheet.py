@@ -5,7 +5,7 @@ A few hundred thumbnails are in memory, however many pictures there are.
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,11 @@ class Sheet:
 
     def add(self, path: str, seen: Seen) -> None:
         self._kinds[(0, 2, 1)[min(seen.faces, 2)]].add(path, seen)
+
+    def draw(self, again: Callable[[Seen], Seen]) -> None:
+        """Take the thumbnails anew, of those that will be shown."""
+        for kind in self._kinds:
+            kind.kept = [(path, again(seen)) for path, seen in kind.shown()]
 
     def save(self, path: Path) -> None:
         """Write a PNG."""

@@ -53,8 +53,7 @@ class Listing:
 @contextlib.contextmanager
 def listing(source: Path) -> Iterator[Listing]:
     """What a folder or a zip holds, sorted by path; readable within the block."""
-    if not os.path.exists(source):  # Path.exists() raises where a name is too long
-        raise UserError(f"{printable(source)} does not exist.")
+    _check_exists(source)
     if source.is_dir():
         entries, ignored = _folder(source)
         yield Listing(sorted(entries, key=lambda e: e.path), ignored, _read_file)
@@ -64,10 +63,26 @@ def listing(source: Path) -> Iterator[Listing]:
         yield Listing(sorted(entries, key=lambda e: e.path), ignored, _zip_reader(archive))
 
 
+@contextlib.contextmanager
+def reader(source: Path) -> Iterator[Callable[[Entry], bytes]]:
+    """`read` of a listing that was made elsewhere: on a machine that sees the same source."""
+    _check_exists(source)
+    if source.is_dir():
+        yield _read_file
+        return
+    with _opened_zip(source) as archive:
+        yield _zip_reader(archive)
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path with what is not UTF-8, and what would move a terminal's cursor, spelled out."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def _check_exists(source: Path) -> None:
+    if not os.path.exists(source):  # Path.exists() raises where a name is too long
+        raise UserError(f"{printable(source)} does not exist.")
 
 
 def _is_ignored(path: str) -> bool:
