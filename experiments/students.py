@@ -13,6 +13,8 @@ ran out. On its last training batch it had mse 0.00543 and kl 0.179, from 0.0802
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 from vaejax import cli, objectives
 from vaejax.errors import UserError
@@ -24,6 +26,8 @@ from vaejax.training.fit import fit
 
 @dataclass(frozen=True)
 class Flags(Config):
+    data: Path | None = None  # folder or zip of photographs, one sub-folder a person (needed)
+    recipe: Literal["report"] | None = None  # there is but one
     crop_faces: bool = True  # cut every picture down to its largest face
     kl_weight: float | None = None  # loss = mse + kl_weight * kl, both means
     latent_dim: int | None = None  # numbers that describe a face

@@ -5,6 +5,7 @@ import platform
 import runpy
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -59,8 +60,9 @@ def _experiment(name: str) -> Path | None:
         if not os.path.isfile(name):
             raise UserError(f"there is no experiment {name}")
         return Path(name)
-    files = (folder / f"{name}.py" for folder in EXPERIMENTS)
-    return next((file for file in files if file.is_file()), None) if name.isidentifier() else None
+    plain = name.replace("-", "_")  # as the folders of runs are called
+    files = (folder / f"{plain}.py" for folder in EXPERIMENTS)
+    return next((file for file in files if file.is_file()), None) if plain.isidentifier() else None
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -99,9 +101,19 @@ def _row(folder: Path) -> tuple[str, ...]:
         f"{-(-done // per_epoch)}/{-(-updates // per_epoch)}",
         f"{done:,}/{updates:,}",
         "  ".join(figures),
-        size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())),
+        size(_bytes(folder)),
         changed,
     )
+
+
+def _bytes(folder: Path) -> int:
+    """Of all files, while a run may be taking some of them away."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(path, name)).st_size
+    return total
 
 
 # The machine --------------------------------------------------------------------------------------

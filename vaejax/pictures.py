@@ -125,7 +125,7 @@ def curves(metrics: Path, path: Path) -> None:
     ]
     every = [line for split in lines.values() for line in split]
     panels = [p for p in panels if any(p[0] in line for line in every)]
-    if all(line["loss"] == line["mse"] for line in every):
+    if all(line["loss"] == line.get("mse") for line in every):
         panels = [p for p in panels if p[0] != "loss"]
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
     figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained", dpi=120)

@@ -84,7 +84,7 @@ class Finder:
             raise UserError(
                 f"{printable(prepared)} is prepared already, "
                 f"{'cropped in another way' if crop else 'not cropped to faces'}: leave out "
-                "--crop-faces, or prepare the original images again."
+                "--crop-faces (or say --no-crop-faces), or prepare the original images again."
             )
 
     def find(self, image: UInt8[np.ndarray, "h w 3"]) -> list[Box]:

@@ -31,17 +31,17 @@ class Config:
     epochs: int | None = None  # passes over the training images
     steps: int | None = None  # a bound on the updates: whichever of the two comes first
     batch_size: int | None = None  # images an update
-    micro_batch: int | None = None  # of which so many at a time are in memory (none: all)
+    micro_batch: int | None = None  # images of a batch that are in memory at a time (none: all)
     learning_rate: float | None = None  # Adam's
-    devices: int | None = None  # how many of them (none: all that there are)
+    devices: int | None = None  # devices to learn on (none: all that there are)
     parallel: Literal["jit", "pmap"] = "jit"  # how a batch is split over them
     coordinator: str | None = None  # HOST:PORT of the first of several processes
-    processes: int | None = None  # how many of them
-    process_id: int | None = None  # which of them this is, from 0
+    processes: int | None = None  # how many processes learn together
+    process_id: int | None = None  # which of the processes this is, from 0
     seed: int = 0  # of the weights, the noise, and the order of the images
     log_steps: int = 10  # updates between two lines of metrics.jsonl
-    checkpoint_steps: int = 500  # updates between two checkpoints, and
-    checkpoint_minutes: float = 5.0  # minutes after which one is written anyway
+    checkpoint_steps: int = 500  # updates between two checkpoints
+    checkpoint_minutes: float = 5.0  # minutes after which a checkpoint is written anyway
     keep: int = 3  # checkpoints that are kept
     fresh: bool = False  # start anew; an old folder is kept under another name
     dry_run: bool = False  # print the plan and write nothing
@@ -74,7 +74,7 @@ COUNT: Range = (lambda value: value >= 1, "at least 1")
 WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "keep"), COUNT),
+    **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "keep", "processes"), COUNT),
     **dict.fromkeys(("latent_dim", "width"), COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
     **dict.fromkeys(("kl_weight", "noise"), WEIGHT),

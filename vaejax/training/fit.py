@@ -1,5 +1,6 @@
 """From a config to a run's folder: the data prepared, the run found or begun, the model trained."""
 
+import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -38,7 +39,9 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         print(
             f"No --data: learning from the drawn faces that ship with vaejax, {recipe.name} recipe."
         )
-    if source.is_dir() and (config.out or run.ROOT).resolve().is_relative_to(source.resolve()):
+    if os.path.isdir(source) and (config.out or run.ROOT).resolve().is_relative_to(
+        source.resolve()
+    ):
         raise UserError(
             f"the run's folder would lie in {source}, and its pictures among the images to learn "
             "from: name an --out elsewhere, or start from another folder"
@@ -101,7 +104,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         folder = Path(parallel.agreed(begin))
         stop = stack.enter_context(run.Stop().listening())
         learn(folder, settings, config, recipe, plan, loss=loss, devices=devices, stop=stop)
-    if stop.signal is not None and parallel.agreed(lambda: run.status(folder)) == "stopped":
+    if parallel.agreed(lambda: run.status(folder)) == "stopped" and stop.signal is not None:
         sys.exit(128 + stop.signal)
     return folder
 
@@ -115,7 +118,7 @@ def refuse_uneven(recipe: Recipe, devices: parallel.Devices) -> None:
         fewer = max(n for n in range(1, count) if batch % n == 0)
         raise UserError(
             f"--batch-size {batch} does not divide over {count} devices: "
-            f"take {' or '.join(nearest)}, or --devices {fewer}"
+            f"take {' or '.join(nearest)}" + (f", or --devices {fewer}" if parallel.alone() else "")
         )
     micro = recipe.micro_batch
     if micro is not None and (batch % micro or micro % count):
@@ -145,6 +148,8 @@ def _say_plan(
     else:
         images = len(data.Images(prepared, "train"))
         print(f"{name}: {source}, prepared in {prepared}")
+    if not images:
+        raise UserError(f"no images in {source}: no file there could be one")
     plan = schedule(recipe, images=images)
     print(describe(recipe, plan, images=images))
     to_prepare = files if prepared is None else 0

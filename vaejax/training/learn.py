@@ -10,17 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from jaxtyping import Array, Key
 
 from vaejax.data import batches as data
 from vaejax.errors import DivergedError, UserError
-from vaejax.log import duration, size
+from vaejax.log import duration
 from vaejax.objectives import Figures, Loss
 from vaejax.training import checkpoint, page, parallel, programs, run
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
-from vaejax.training.plan import Schedule
+from vaejax.training.plan import Schedule, refuse_too_much
 from vaejax.training.state import TrainState, init
 
 
@@ -72,27 +71,27 @@ def learn(
             "for: take more --steps or --epochs, or another --out"
         )
 
+    print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
+    began = time.monotonic()
+    shape = (recipe.batch_size, *images.shape)
+    train_step = programs.compile_train_step(
+        loss,
+        optimizer,
+        state,
+        jax.ShapeDtypeStruct(shape, np.uint8),
+        train_key,
+        devices=devices,
+        micro_batches=recipe.micro_batches,
+    )
+    refuse_too_much(train_step.memory, recipe, devices)
+    print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
+    eval_step = programs.compile_eval_step(loss, devices=devices)
     with ExitStack() as stack:
         diary = None
         if parallel.is_first():
             run.write(folder, "config.json", settings)
             diary = Diary(folder, recipe, plan, held_out, devices=devices, done=start)
             stack.enter_context(diary)
-        print(f"{folder}: {start:,} of {plan.updates:,} updates are done; compiling …", flush=True)
-        began = time.monotonic()
-        shape = (recipe.batch_size, *images.shape)
-        train_step = programs.compile_train_step(
-            loss,
-            optimizer,
-            state,
-            jax.ShapeDtypeStruct(shape, np.uint8),
-            train_key,
-            devices=devices,
-            micro_batches=recipe.micro_batches,
-        )
-        refuse_too_much(train_step.memory, recipe, devices)
-        print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
-        eval_step = programs.compile_eval_step(loss, devices=devices)
         saved = time.monotonic()
         try:
             for n in range(start, plan.updates):
@@ -103,11 +102,11 @@ def learn(
                 state, figures = train_step.run(state, next(batches), train_key)
 
                 if n % config.log_steps == 0:
-                    line = finite(figures, folder, config, step=n)
+                    line = finite(figures, folder, recipe, step=n)
                     if diary:
                         diary.learned(line, step=n, epoch=epoch)
                 if last or done % plan.per_epoch == 0:
-                    finite(figures, folder, config, step=n)
+                    finite(figures, folder, recipe, step=n)
                     line = validate(
                         eval_step,
                         state,
@@ -116,7 +115,7 @@ def learn(
                         recipe.micro_batch or recipe.batch_size,
                         devices=devices,
                     )
-                    finite(line, folder, config, step=done)
+                    finite(line, folder, recipe, step=done)
                     if diary:
                         diary.epoch_ends(state, line, step=done, epoch=epoch)
                 late = time.monotonic() - saved > 60 * config.checkpoint_minutes
@@ -125,7 +124,7 @@ def learn(
                     meet = n % config.log_steps == 0
                     asked, late = parallel.any_process(asked, late) if meet else (False, False)
                 if last or asked or late or done % config.checkpoint_steps == 0:
-                    finite(figures, folder, config, step=n)
+                    finite(figures, folder, recipe, step=n)
                     if diary:
                         diary.before_a_checkpoint()
                     checkpoint.save(checkpoints, state, batches)
@@ -154,7 +153,10 @@ def validate(
     *,
     devices: parallel.Devices,
 ) -> dict[str, float]:
-    """The figures of all held-out images: means over the images, with the same noise each time."""
+    """The figures of all held-out images: means over the images, with the same noise each time.
+
+    Those in nats have the variance of their batch, and depend a little on its size.
+    """
     began = time.monotonic()
     sums: dict[str, float] = {}
     for first in range(0, len(held_out), batch_size):
@@ -168,35 +170,15 @@ def validate(
 
 
 def finite(
-    figures: Mapping[str, Any], folder: Path, config: Config, *, step: int
+    figures: Mapping[str, Any], folder: Path, recipe: Recipe, *, step: int
 ) -> dict[str, float]:
     """The figures as numbers; one that is none ends the run before the state is saved."""
     values = {name: float(value) for name, value in figures.items()}
     for name, value in values.items():
         if not np.isfinite(value):
             raise DivergedError(
-                f"the {name.replace('_', ' ')} is {value} at step {step:,}. The checkpoints "
-                f"in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate"
-                + (", --norm batch, or --recipe quick" if hasattr(config, "norm") else "")
+                f"the {name.replace('_', ' ')} is {value} at step {step:,}. What checkpoints there "
+                f"are in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate"
+                + (" or --norm batch" if getattr(recipe.model, "norm", "") == "frozen" else "")
             )
     return values
-
-
-def refuse_too_much(memory: int, recipe: Recipe, devices: parallel.Devices) -> None:
-    """UserError for a step that needs more bytes than there can ever be; a warning where they are
-    not free at the moment."""
-    if parallel.on_cpu():
-        machine = psutil.virtual_memory()
-        needed, there, free = memory * devices.count, machine.total, machine.available
-    else:
-        limit = parallel.memory_limit() or memory
-        needed, there, free = memory, limit, limit
-    smaller = (recipe.micro_batch or recipe.batch_size) // 2
-    less = (
-        f"a step of {recipe.micro_batch or recipe.batch_size} images needs {size(needed)} of "
-        f"memory, and {{}}: --micro-batch {smaller} takes about half of what is not the state"
-    )
-    if needed > there:
-        raise UserError(less.format(f"there are {size(there)}"))
-    if needed > free:
-        print("warning: " + less.format(f"{size(free)} are free"))

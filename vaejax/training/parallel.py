@@ -8,12 +8,15 @@ the same way, so that they share checkpoints and pictures.
 
 import json
 import os
+import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt8
@@ -59,13 +62,27 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
         return
     if given != (None, None, None) and None in given:
         raise UserError("--coordinator HOST:PORT, --processes N and --process-id I go together")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator {coordinator}: must be HOST:PORT, as in node01:1234")
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process-id {process_id}: must be from 0 to {processes - 1}")
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the processes did not find each other: {reason}") from None
+        raise UserError(
+            f"the processes did not find each other: {reason}. --coordinator, --processes and "
+            "--process-id tell them"
+        ) from None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX has taken for itself
+    # Connections are made at the first collective, by all at once, within seconds: not when the
+    # first process has prepared the images for an hour.
+    any_process(False)
+    devices = choose()
+    ones = put(
+        devices, np.ones((len(devices.mesh.local_devices), 1, 1, 1), np.uint8), devices.count
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=whole(devices))(ones))
 
 
 def _launched() -> bool:
@@ -77,6 +94,11 @@ def _launched() -> bool:
         or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
         or "JAX_COORDINATOR_ADDRESS" in os.environ
     )
+
+
+def alone() -> bool:
+    """Whether this is the only process."""
+    return jax.process_count() == 1
 
 
 def is_first() -> bool:

@@ -39,7 +39,7 @@ def choose(name: str, settings: Mapping[str, Any], *, out: Path | None, fresh: b
     found = [f.name for f in out.iterdir()] if out.exists() else []
     if "config.json" not in found:
         # a kill in the first moment leaves the lock alone
-        if set(found) - {"run.lock"} and not all(n.startswith(".partial-") for n in found):
+        if not all(n == "run.lock" or n.startswith(".partial-") for n in found):
             raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
     elif fresh:
         aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists())
