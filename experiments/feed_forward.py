@@ -25,7 +25,7 @@ class Flags(Config):
 LOSS = partial(objectives.reconstruction, error="mse")
 REPORT = Recipe("report", FeedForward(), LOSS, epochs=50, learning_rate=1e-3, b1=0.9)
 # On bright pictures most units of the bottleneck are 0 for every face, from the first updates on:
-# of these 256 some 40 stay alive.
+# of these 256 some 30 stay alive.
 QUICK = replace(
     REPORT,
     name="quick",
