@@ -4,8 +4,8 @@
 
 The report's layers at 32 pixels, batches of 16, three updates by plain gradient descent (Adam would
 hide the size of a gradient), on simulated devices of this CPU; each way in a process of its own.
-Against one device: the largest difference in any gradient of the first update and in any parameter
-after the third, as a part of the largest number of the same array.
+Against one device, of the first update's gradients and the parameters after the third: the length
+of the difference of all together, as a part of their own, and the largest difference in any number.
 """
 
 import socket
@@ -86,25 +86,27 @@ def run(way: str, norm: str, folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def largest(a: dict[str, np.ndarray], b: dict[str, np.ndarray], what: str) -> float:
-    """Arrays whose largest number is below a millionth of all count as that: biases before a batch
-    norm have a gradient of nothing but rounding."""
-    names = [name for name in a if name.startswith(what)]
-    floor = 1e-6 * max(float(np.abs(a[name]).max()) for name in names)
-    return max(
-        float(np.abs(a[n] - b[n]).max() / max(float(np.abs(a[n]).max()), floor)) for n in names
+def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray], what: str) -> tuple[float, float]:
+    """The length of the difference as a part of the first one's, and its largest number."""
+    one, other = (
+        np.concatenate([found[n].ravel() for n in found if n.startswith(what)]) for found in (a, b)
     )
+    difference = np.abs(one - other)
+    return float(np.linalg.norm(difference) / np.linalg.norm(one)), float(difference.max())
 
 
 def main() -> None:
-    print(f"{'norm':<8}{'against one device':<32}{'gradients':>12}{'parameters':>12}")
+    print(f"{'norm':<8}{'against one device':<30}{'gradients':>20}{'parameters':>22}")
     with tempfile.TemporaryDirectory() as folder:
         for norm in ("frozen", "batch"):
             alone = run("one device", norm, Path(folder))
             for way in list(WAYS)[1:]:
                 other = run(way, norm, Path(folder))
-                apart = [largest(alone, other, what) for what in ("gradients", "parameters")]
-                print(f"{norm:<8}{way:<32}{apart[0]:>12.1e}{apart[1]:>12.1e}", flush=True)
+                line = f"{norm:<8}{way:<30}"
+                for what in ("gradients", "parameters"):
+                    part, largest = apart(alone, other, what)
+                    line += f"{part:>11.1e} {largest:>9.1e}"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
