@@ -120,7 +120,7 @@ def learn(
                         diary.epoch_ends(state, line, step=done, epoch=epoch)
                 late = time.monotonic() - saved > 60 * config.checkpoint_minutes
                 asked = stop.signal is not None
-                if jax.process_count() > 1:  # which stop and save at the same update
+                if not parallel.alone():  # which stop and save at the same update
                     meet = n % config.log_steps == 0
                     asked, late = parallel.any_process(asked, late) if meet else (False, False)
                 if last or asked or late or done % config.checkpoint_steps == 0:

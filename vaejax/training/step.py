@@ -124,4 +124,5 @@ def eval_step(
 
 
 def image_keys(key: Key[Array, ""], places: Int[Array, " b"]) -> Key[Array, " b"]:
+    """A key for each image, by its place alone."""
     return jax.vmap(partial(jax.random.fold_in, key))(places)
