@@ -11,17 +11,19 @@ MODULES = sorted((ROOT / "vaejax").rglob("*.py"))
 # what a part of the house may use besides itself
 ALLOWED = {
     "errors": set(),
+    "cache": set(),
     "pictures": set(),
     "log": set(),
-    "data": {"errors", "pictures"},
+    "data": {"cache", "errors", "pictures"},
     "distributions": set(),
-    "models": {"errors", "distributions"},
+    "models": {"cache", "errors", "distributions"},
     "objectives": {"distributions", "models"},
     "generate": {"distributions", "models", "objectives"},
     "training": {
-        "data", "errors", "generate", "log", "models", "objectives", "pictures", "__init__",
+        "cache", "data", "errors", "generate", "log", "models", "objectives", "pictures",
+        "__init__",
     },
-    "machine": {"errors", "log", "models", "objectives", "training", "__init__"},
+    "machine": {"cache", "errors", "log", "models", "objectives", "training", "__init__"},
     "commands": {"data", "errors", "generate", "machine", "models", "pictures", "training"},
     "cli": {"commands", "errors", "training"},
     "__init__": set(),

@@ -41,7 +41,7 @@ def experiment(main: Callable[[Flags], None], config: type[Flags], description: 
 
     with for_people():
         flags = parse(config, description=description)
-        parallel.configure(cache=not flags.dry_run)
+        parallel.configure(keep=not flags.dry_run)
         parallel.join(flags.coordinator, flags.processes, flags.process_id)
         if not parallel.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives

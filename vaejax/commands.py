@@ -197,7 +197,7 @@ def doctor(_: Doctor) -> None:
     from vaejax import machine
     from vaejax.training import parallel
 
-    parallel.configure(cache=False)
+    parallel.configure(keep=False)
     for line in machine.doctor():
         print(line, flush=True)
 

@@ -62,12 +62,11 @@ class DiscretizedNormal(NamedTuple):
         upper = centre > 0
         low, high = jnp.where(upper, -high, low), jnp.where(upper, -low, high)
         log_low, log_high = log_ndtr(low), log_ndtr(high)
-        inside = log_high + jnp.log(-jnp.expm1(log_low - log_high))
-        # a tail ends at the level's inner edge: the far one seen from the lower side
+        # The extreme levels have no outer edge, which seen from the lower side is either end.
         first, last = images == 0, images == LEVELS - 1
-        below = jnp.where(upper, jnp.log1p(-jnp.exp(log_low)), log_high)
-        above = jnp.where(upper, log_high, jnp.log1p(-jnp.exp(log_low)))
-        masses = jnp.where(first, below, jnp.where(last, above, inside))
+        log_low = jnp.where(jnp.where(upper, last, first), -jnp.inf, log_low)
+        log_high = jnp.where(jnp.where(upper, first, last), 0.0, log_high)
+        masses = log_high + jnp.log(-jnp.expm1(log_low - log_high))
         return jnp.sum(masses, axis=(1, 2, 3))
 
     @property

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 
 import vaejax
-from vaejax import objectives
+from vaejax import cache, objectives
 from vaejax.errors import UserError
 from vaejax.log import duration, size
-from vaejax.models import autoencoder
+from vaejax.models import autoencoder, native
 from vaejax.models import summary as layers
 from vaejax.models.vae import VAE
 from vaejax.training import parallel, plan, run
@@ -131,7 +131,16 @@ def doctor() -> Iterator[str]:
     if limit := parallel.memory_limit():
         text += f", {size(limit)} on each device"
     yield text
-    for what, folder in (("runs", run.ROOT), ("cache", parallel.cache_folder())):
+    if parallel.on_cpu():
+        why = native.missing()
+        yield "kernels  convolutions: " + (
+            f"XLA's, about one and a half times slower than our own ({why})"
+            if why
+            else "our own, built for this processor"
+            if devices.count == 1
+            else "XLA's, since there are several devices"
+        )
+    for what, folder in (("runs", run.ROOT), ("cache", cache.folder())):
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         usage = shutil.disk_usage(there)
         state = "" if os.access(there, os.W_OK) else ", and it cannot be written"

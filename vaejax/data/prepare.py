@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vaejax import pictures
+from vaejax import cache, pictures
 from vaejax.data import records, sheet
 from vaejax.data.faces import Crop, Finder
 from vaejax.data.gather import Gathered
@@ -157,11 +157,10 @@ def _listing_key(entries: Iterable[Entry], size: int, finder: Finder | None) -> 
 
 
 def _cache_folder(source: Path, size: int, key: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     full = source.resolve()
     name = re.sub(r"[^\w.-]+", "_", printable(full.stem if full.is_file() else full.name))[:60]
     digest = hashlib.sha256(os.fsencode(full) + key.encode()).hexdigest()
-    return cache / "vaejax" / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
+    return cache.folder() / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
 
 
 def _is_there(folder: Path, key: str) -> bool:

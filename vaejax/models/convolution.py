@@ -8,26 +8,32 @@ others, are all that it, its transpose and the gradients of both need:
     kernel_gradient(x, g)     the gradient of either by its kernel
 
 `jax.custom_vjp` ties them together, because what JAX derives by itself is the same mathematics in
-shapes that XLA runs slowly on a CPU, some of them a hundred times slower. `form` is the one place
-that knows what is fast where; `compiler_options` is for whoever compiles the program.
+shapes that XLA runs slowly on a CPU, some of them a hundred times slower. `native_form` says which
+are taken by kernels of our own, `form` in which shape XLA gets the rest: the only places that know
+what is fast where. `compiler_options` is for whoever compiles the program.
 `benchmarks/convolutions.py` measures both.
 """
 
 from functools import cache, partial
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Form = Literal["plain", "phases", "patches"]
+from vaejax.models import native
+
+Form = Literal["plain", "phases", "patches"]  # of what XLA computes
 Shape = tuple[int, ...]
 Paddings = list[tuple[int, int]]  # before and after, rows and columns; negative cuts off
 
 # below this many products the slowest form ends in a few milliseconds, and "plain" compiles sooner
 TINY = 2**20
+# below this many tiles Winograd's kernels take longer to transform than the tiles to multiply
+FEW_TILES = 32
+FEW_CHANNELS = 4
 
 # jaxlib 0.10 gives a CPU's convolutions to YNNPACK, which runs those of few channels on one thread;
 # Eigen takes every core. Matrix products and sums stay with YNNPACK, which is faster there.
@@ -114,6 +120,8 @@ def forward(
     """y[i] = sum over p of x[stride i + p - low] w[p]."""
     outputs = tuple(-(-n // stride) for n in x.shape[1:3])
     paddings = _same(x.shape[1:3], outputs, kernel.shape[:2], stride)
+    if (ours := native_form(x.shape, kernel.shape, stride, x.dtype)) is not None:
+        return native.forward(ours, x, kernel, **_window(ours, paddings, stride))
     return correlate(x, kernel, paddings, stride=stride)
 
 
@@ -127,6 +135,9 @@ def input_gradient(
     """
     taps = kernel.shape[:2]
     same = _same(size, g.shape[1:3], taps, stride)
+    image = (g.shape[0], *size, kernel.shape[2])
+    if (ours := native_form(image, kernel.shape, stride, g.dtype)) is not None:
+        return native.input_gradient(ours, g, kernel, size, **_window(ours, same, stride))
     paddings = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, same, strict=True)]
     turned = kernel[::-1, ::-1].swapaxes(2, 3)  # [k l o c]
     return correlate(g, turned, paddings, dilation=stride)
@@ -140,14 +151,42 @@ def kernel_gradient(
     A convolution of x by g in which the images of the batch play the channels, and the channels
     the images. Here the kernel, g, is what is dilated, which XLA takes well: one form is enough.
     """
+    paddings = _same(x.shape[1:3], g.shape[1:3], size, stride)
+    kernel = (*size, x.shape[3], g.shape[3])
+    if (ours := native_form(x.shape, kernel, stride, g.dtype)) is not None:
+        return native.kernel_gradient(ours, x, g, size, **_window(ours, paddings, stride))
     return lax.conv_general_dilated(
         x,
         g,
         window_strides=(1, 1),
-        padding=_same(x.shape[1:3], g.shape[1:3], size, stride),
+        padding=paddings,
         rhs_dilation=(stride, stride),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
     )
+
+
+def native_form(image: Shape, kernel: Shape, stride: int, dtype: Any) -> native.Form | None:
+    """The kernels of our own that take this convolution and all its maps; None for XLA.
+
+    They are for a CPU, and for one device: XLA does not know how to split what is not its own.
+    """
+    (b, h, w, c), (k, taps, *_) = image, kernel
+    found: native.Form | None = None
+    if k == taps and k >= stride and c <= FEW_CHANNELS:
+        found = "windows"
+    elif (k, taps, stride) == (5, 5, 2) and b * -(-h // 8) * -(-w // 8) >= FEW_TILES:
+        found = "winograd"
+    products = b * h * w * prod(kernel) // stride**2
+    fits = h % stride == w % stride == 0 and dtype == jnp.float32 and products >= TINY
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return found if found and fits and here and native.available() else None
+
+
+def _window(ours: native.Form, paddings: Paddings, stride: int) -> dict[str, int]:
+    if ours == "winograd":
+        return {}
+    (top, _), (left, _) = paddings
+    return {"stride": stride, "top": top, "left": left}
 
 
 def _same(inputs: Shape, outputs: Shape, taps: Shape, stride: int) -> Paddings:

@@ -12,7 +12,6 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -21,31 +20,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt8
 
+from vaejax import cache
 from vaejax.errors import UserError
 
 AXIS = "data"
 T = TypeVar("T")
 
 
-def configure(*, cache: bool = True) -> None:
+def configure(*, keep: bool = True) -> None:
     """To be called before the first computation: same bits every time, compiled once.
 
     On a GPU some of XLA's fast reductions add in the order in which threads arrive: they are
-    forbidden. With `cache`, what was compiled stays in the user's cache folder, so that a run that
+    forbidden. With `keep`, what was compiled stays in the user's cache folder, so that a run that
     goes on starts at once.
     """
     deterministic = "--xla_gpu_deterministic_ops=true"
     if deterministic not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {deterministic}".strip()
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if cache and chosen is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    if keep and chosen is None:
+        jax.config.update(
+            "jax_compilation_cache_dir", str(cache.folder() / "xla" / cache.processor())
+        )
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def cache_folder() -> Path:
-    """Where compiled programs and prepared images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vaejax"
 
 
 # Processes ----------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A convolution's three maps by kernels of our own for CPUs, `native.cc`: float32, one device.
+
+XLA's CPU backend multiplies everything, and copies images into other layouts to do so; these need a
+quarter of the multiplications and no copies. The machine's own C++ compiler builds them for its
+very processor when they are first used, in seconds, and the user's cache folder keeps them. Without
+a compiler `vaejax.models.convolution` does without them: slower, and the same up to rounding.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from vaejax.cache import folder, processor
+
+Form = Literal["winograd", "windows"]
+SOURCE = Path(__file__).with_suffix(".cc")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+SWITCH = "VAEJAX_NATIVE"  # in the environment: 0 forbids them
+
+
+def available() -> bool:
+    """Whether the kernels are there, after building them if need be."""
+    return not missing()
+
+
+@cache
+def missing() -> str:
+    """Why the kernels are not there; empty if they are."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    try:
+        library = ctypes.CDLL(str(build()))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{error.cmd[0]} failed: {said[0] if said else error.returncode}"
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    for form in ("winograd", "windows"):
+        for which in ("forward", "input_gradient", "kernel_gradient"):
+            name = f"vaejax_{form}_{which}"
+            capsule = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return ""
+
+
+def build() -> Path:
+    """The library for this source, compiler, jaxlib and processor.
+
+    Raises OSError or subprocess.SubprocessError where it cannot be built.
+    """
+    named = os.environ.get("CXX")
+    compiler = named or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler: install g++ or clang++, or name one in CXX")
+    source = SOURCE.read_text(encoding="utf-8")
+    words = (compiler, *FLAGS, version("jaxlib"), processor(), source)
+    name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    library = folder() / "native" / f"{name}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as room:
+            made = Path(room) / library.name
+            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            made.replace(library)  # in one go: another run may be looking for it
+    return library
+
+
+def forward(
+    form: Form, image: Float[Array, "b h w c"], kernel: Float[Array, "k l c o"], **window: int
+) -> Float[Array, "b i j o"]:
+    """The code of an image. "windows" needs the window's `stride`, and `top` and `left`, the zeros
+    in front of the image; "winograd" knows its own."""
+    stride = window.get("stride", 2)
+    b, h, w, _ = image.shape
+    shape = (b, -(-h // stride), -(-w // stride), kernel.shape[3])
+    return _call(f"vaejax_{form}_forward", shape, image, kernel, window)
+
+
+def input_gradient(
+    form: Form,
+    code: Float[Array, "b i j o"],
+    kernel: Float[Array, "k l c o"],
+    size: tuple[int, ...],
+    **window: int,
+) -> Float[Array, "b h w c"]:
+    """The image, of `size` (h, w), that its adjoint makes of a code."""
+    shape = (code.shape[0], *size, kernel.shape[2])
+    if form == "winograd":
+        kernel = kernel.swapaxes(2, 3)
+    return _call(f"vaejax_{form}_input_gradient", shape, code, kernel, window)
+
+
+def kernel_gradient(
+    form: Form,
+    image: Float[Array, "b h w c"],
+    code: Float[Array, "b i j o"],
+    size: tuple[int, ...],
+    **window: int,
+) -> Float[Array, "k l c o"]:
+    """The gradient of the kernel, of `size` (k, l), by the code's."""
+    shape = (*size, image.shape[3], code.shape[3])
+    return _call(f"vaejax_{form}_kernel_gradient", shape, image, code, window)
+
+
+def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[str, int]) -> Array:
+    result = jax.ShapeDtypeStruct(shape, a.dtype)
+    return jax.ffi.ffi_call(target, result, vmap_method="sequential")(a, b, **window)
