@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 
 import vaejax
-from vaejax import cache, objectives
+from vaejax import cache, native, objectives
 from vaejax.errors import UserError
 from vaejax.log import duration, size
-from vaejax.models import autoencoder, native
+from vaejax.models import autoencoder
 from vaejax.models import summary as layers
 from vaejax.models.vae import VAE
 from vaejax.training import parallel, plan, run

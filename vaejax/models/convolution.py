@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vaejax.models import native
+from vaejax import native
 
 Form = Literal["plain", "phases", "patches"]  # of what XLA computes
 Shape = tuple[int, ...]
@@ -166,10 +166,7 @@ def kernel_gradient(
 
 
 def native_form(image: Shape, kernel: Shape, stride: int, dtype: Any) -> native.Form | None:
-    """The kernels of our own that take this convolution and all its maps; None for XLA.
-
-    They are for a CPU, and for one device: XLA does not know how to split what is not its own.
-    """
+    """The kernels of our own that take this convolution and all its maps; None for XLA."""
     (b, h, w, c), (k, taps, *_) = image, kernel
     found: native.Form | None = None
     if k == taps and k >= stride and c <= FEW_CHANNELS:
@@ -177,9 +174,8 @@ def native_form(image: Shape, kernel: Shape, stride: int, dtype: Any) -> native.
     elif (k, taps, stride) == (5, 5, 2) and b * -(-h // 8) * -(-w // 8) >= FEW_TILES:
         found = "winograd"
     products = b * h * w * prod(kernel) // stride**2
-    fits = h % stride == w % stride == 0 and dtype == jnp.float32 and products >= TINY
-    here = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return found if found and fits and here and native.available() else None
+    fits = h % stride == w % stride == 0 and products >= TINY
+    return found if found and fits and native.serves(dtype) else None
 
 
 def _window(ours: native.Form, paddings: Paddings, stride: int) -> dict[str, int]:

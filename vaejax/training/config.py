@@ -10,6 +10,7 @@ import optax
 
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
+from vaejax.training.adam import adam
 
 
 @dataclass(frozen=True)
@@ -120,4 +121,4 @@ def build_adam(recipe: Recipe, *, updates: int) -> optax.GradientTransformation:
     rate: optax.ScalarOrSchedule = recipe.learning_rate
     if recipe.cosine_decay:
         rate = optax.cosine_decay_schedule(recipe.learning_rate, updates)
-    return optax.adam(rate, b1=recipe.b1)
+    return adam(rate, b1=recipe.b1)

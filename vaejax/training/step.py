@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Int, Key, PyTree, UInt8
 
 from vaejax.objectives import Figures, Loss
+from vaejax.training.adam import norm
 from vaejax.training.state import TrainState
 
 
@@ -100,9 +101,11 @@ def update(
     state: TrainState, found: Gradient, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Figures]:
     """The state after a step along the gradient."""
-    updates, opt_state = optimizer.update(found.gradients, state.opt_state, state.params)
+    length = norm(found.gradients)
+    learn = optax.with_extra_args_support(optimizer)
+    updates, opt_state = learn.update(found.gradients, state.opt_state, state.params, length=length)
     params = optax.apply_updates(state.params, updates)
-    figures = {**found.figures, "gradient_norm": optax.tree.norm(found.gradients)}
+    figures = {**found.figures, "gradient_norm": length}
     return TrainState(state.step + 1, params, found.statistics, opt_state), figures
 
 

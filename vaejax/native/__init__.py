@@ -1,9 +1,12 @@
-"""A convolution's three maps by kernels of our own for CPUs, `native.cc`: float32, one device.
+"""Kernels of our own for a CPU, in C++: float32, one device.
 
-XLA's CPU backend multiplies everything, and copies images into other layouts to do so; these need a
-quarter of the multiplications and no copies. The machine's own C++ compiler builds them for its
-very processor when they are first used, in seconds, and the user's cache folder keeps them. Without
-a compiler `vaejax.models.convolution` does without them: slower, and the same up to rounding.
+A convolution's three maps: XLA's CPU backend multiplies everything, and copies images into other
+layouts to do so; these need a quarter of the multiplications and no copies. And what an optimizer
+does to every parameter, in one pass and without copies.
+
+The machine's own C++ compiler builds them for its very processor when they are first used, in
+seconds, and the user's cache folder keeps them. Without a compiler everything goes without them:
+slower, and the same up to rounding.
 """
 
 import ctypes
@@ -12,25 +15,44 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vaejax.cache import folder, processor
 
 Form = Literal["winograd", "windows"]
-SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+NAMES = [
+    *(
+        f"vaejax_{form}_{which}"
+        for form in ("winograd", "windows")
+        for which in ("forward", "input_gradient", "kernel_gradient")
+    ),
+    "vaejax_adam",
+    "vaejax_squared_length",
+]
+FOLDER = Path(__file__).parent
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-shared", "-fPIC", "-w"),
+)
 SWITCH = "VAEJAX_NATIVE"  # in the environment: 0 forbids them
 
 
-def available() -> bool:
-    """Whether the kernels are there, after building them if need be."""
-    return not missing()
+def serves(dtype: Any) -> bool:
+    """Whether the kernels can be used for numbers of this kind; builds them if need be.
+
+    They are for one device: XLA does not know how to split what is not its own.
+    """
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return here and dtype == jnp.float32 and not missing()
 
 
 @cache
@@ -45,11 +67,9 @@ def missing() -> str:
         return f"{error.cmd[0]} failed: {said[0] if said else error.returncode}"
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    for form in ("winograd", "windows"):
-        for which in ("forward", "input_gradient", "kernel_gradient"):
-            name = f"vaejax_{form}_{which}"
-            capsule = jax.ffi.pycapsule(getattr(library, name))
-            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    for name in NAMES:
+        capsule = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return ""
 
 
@@ -62,15 +82,23 @@ def build() -> Path:
     compiler = named or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: install g++ or clang++, or name one in CXX")
-    source = SOURCE.read_text(encoding="utf-8")
-    words = (compiler, *FLAGS, version("jaxlib"), processor(), source)
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[hc]*"))]
+    words = (compiler, *FLAGS, version("jaxlib"), processor(), *sources)
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     library = folder() / "native" / f"{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as room:
             made = Path(room) / library.name
-            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+            command = [
+                compiler,
+                *FLAGS,
+                "-I",
+                jax.ffi.include_dir(),
+                str(FOLDER / "kernels.cc"),
+                "-o",
+                str(made),
+            ]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.replace(library)  # in one go: another run may be looking for it
     return library
@@ -116,3 +144,31 @@ def kernel_gradient(
 def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[str, int]) -> Array:
     result = jax.ShapeDtypeStruct(shape, a.dtype)
     return jax.ffi.ffi_call(target, result, vmap_method="sequential")(a, b, **window)
+
+
+def adam(
+    gradient: Float[Array, "..."],
+    mean: Float[Array, "..."],
+    square: Float[Array, "..."],
+    corrections: Float[Array, "2"],
+    length: Float[Array, ""],
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> Sequence[Array]:
+    """The step, of unit rate, and the new moments, in the memory of the three arguments;
+    `corrections` are 1 - b1^t and 1 - b2^t (Kingma and Ba, 2015, algorithm 1).
+
+    The `length` of all gradients is not looked at. Whatever comes after it comes after the last use
+    of any parameter, and XLA, which sees that, keeps no copies of what is overwritten.
+    """
+    results = [jax.ShapeDtypeStruct(gradient.shape, gradient.dtype)] * 3
+    call = jax.ffi.ffi_call("vaejax_adam", results, input_output_aliases={0: 0, 1: 1, 2: 2})
+    settings = {"b1": np.float64(b1), "b2": np.float64(b2), "eps": np.float64(eps)}
+    return call(gradient, mean, square, corrections, length, **settings)
+
+
+def squared_length(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """The sum of the squares, which XLA would write down before it adds them."""
+    return jax.ffi.ffi_call("vaejax_squared_length", jax.ShapeDtypeStruct((), x.dtype))(x)

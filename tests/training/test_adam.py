@@ -1,0 +1,60 @@
+"""Adam in one pass is optax's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vaejax import native
+from vaejax.training.adam import LARGE, adam, norm
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    kernels = request.param == "kernels"
+    if kernels and native.missing():
+        pytest.skip(native.missing())
+    monkeypatch.setattr(jax, "device_count", lambda: 1 if kernels else 4)
+    return kernels
+
+
+def tree(seed: int, scale: float = 1.0) -> dict[str, jax.Array]:
+    random = np.random.default_rng(seed)
+    shapes = {"kernel": (5, LARGE // 10, 3), "bias": (7,), "dense": (LARGE, 1), "scale": (3,)}
+    return {
+        name: jnp.asarray(scale * random.normal(size=shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def test_it_is_optax_adam_step_by_step(served: bool):
+    rate = optax.cosine_decay_schedule(1e-3, 5)
+    ours, theirs = adam(rate, b1=0.5), optax.adam(rate, b1=0.5)
+    params = expected = tree(0)
+    state, other = ours.init(params), theirs.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    step = jax.jit(optax.with_extra_args_support(ours).update)
+    for number in range(5):
+        gradients = tree(number + 1, scale=10.0 ** (3 - 2 * number))
+        text = str(jax.make_jaxpr(ours.update)(gradients, state, params))
+        assert ("vaejax_adam" in text) == served
+        updates, state = step(gradients, state, params, length=norm(gradients))
+        params = optax.apply_updates(params, updates)
+        updates, other = theirs.update(gradients, other, expected)
+        expected = optax.apply_updates(expected, updates)
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            # 1 - 0.999^t keeps four digits in float32: of a step of 1e-3
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-8)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            assert a.dtype == b.dtype
+            assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
+
+
+def test_the_norm_is_the_length_of_all_leaves(served: bool):
+    found = tree(1)
+    vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)]).astype(float)
+    assert float(jax.jit(norm)(found)) == pytest.approx(np.linalg.norm(vector), rel=1e-6)
+    for bad in (jnp.nan, jnp.inf):
+        broken = {**found, "dense": found["dense"].at[-1].set(bad)}
+        assert not np.isfinite(norm(broken))
