@@ -19,7 +19,8 @@ from vaejax.training.step import image_keys
 
 def recipe(task: Task) -> Recipe:
     loss = partial(objectives.report, kl_weight=KL_WEIGHT)
-    return Recipe("report", VAE(size=task.size), loss, epochs=1, batch_size=task.batch)
+    model = VAE(size=task.size, compute=task.precision)
+    return Recipe("report", model, loss, epochs=1, batch_size=task.batch)
 
 
 def start(task: Task):

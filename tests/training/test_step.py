@@ -11,7 +11,7 @@ import pytest
 from vaejax.models import vae
 from vaejax.objectives import report
 from vaejax.training.state import TrainState, init
-from vaejax.training.step import eval_step, image_keys, train_step
+from vaejax.training.step import eval_step, gradient, image_keys, train_step
 
 MODEL = vae.VAE(size=16, latent_dim=4, width=2, norm="batch")
 OPTIMIZER = optax.adam(3e-3)
@@ -79,3 +79,25 @@ def test_a_look_goes_by_the_moving_statistics_and_not_by_the_batch(state, images
     alone = look(state, images[:1], KEY)
     together = look(state, np.repeat(images[:1], 16, axis=0), KEY)
     np.testing.assert_allclose(alone["kl"], together["kl"], rtol=1e-5)
+
+
+def test_bfloat16_points_the_same_way_and_all_that_is_kept_stays_float32(state, images):
+    half = partial(LOSS, model=vae.VAE(**{**vars(MODEL), "compute": "bfloat16"}))
+    found = {
+        name: jax.jit(partial(gradient, loss=loss))(
+            state.params, state.statistics, state.step, images, KEY
+        )
+        for name, loss in (("float32", LOSS), ("bfloat16", half))
+    }
+    for leaf in jax.tree.leaves(found["bfloat16"]):
+        assert leaf.dtype == jnp.float32
+    a, b = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found[name].gradients)])
+        for name in ("float32", "bfloat16")
+    )
+    assert (a != b).any()  # it was used
+    cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+    assert cosine > 0.97
+    assert found["bfloat16"].figures["mse"] == pytest.approx(
+        float(found["float32"].figures["mse"]), rel=0.02
+    )

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,8 @@ class Autoencoder:
 
     size: int = 64  # height and width of an image, pixels
     channels: int = 3
+    # what the layers multiply; parameters, statistics, losses and Adam's moments are float32 always
+    compute: Literal["float32", "bfloat16"] = "float32"
 
     title: ClassVar[str]  # what a person calls it
     has_prior: ClassVar[bool] = False  # whether the codes of new faces can be drawn
@@ -73,7 +75,8 @@ def encode(
 ) -> tuple[Any, PyTree]:
     """The code of x, an array `[b ...]`, or q(z|x) where the model is variational; and the
     statistics as they stand after this batch (unchanged unless `train`)."""
-    return _apply(model.encoder(axis=axis), "encoder", params, statistics, x, train)
+    module = model.encoder(axis=axis)
+    return _apply(module, "encoder", params, statistics, x, train, model.compute)
 
 
 def decode(
@@ -86,12 +89,18 @@ def decode(
     axis: str | None = None,
 ) -> tuple[Float[Array, "b h w c"], PyTree]:
     """The image of a code (the mean of p(x|z)), and the statistics as they stand afterwards."""
-    return _apply(model.decoder(axis=axis), "decoder", params, statistics, code, train)
+    module = model.decoder(axis=axis)
+    return _apply(module, "decoder", params, statistics, code, train, model.compute)
 
 
-def _apply(module, branch, params, statistics, inputs, train):
-    variables = {"params": params[branch], "batch_stats": statistics[branch]}
+def _apply(module, branch, params, statistics, inputs, train, kind):
+    own = params[branch]
+    if kind != "float32":
+        own, inputs = jax.tree.map(lambda leaf: leaf.astype(kind), (own, inputs))
+    variables = {"params": own, "batch_stats": statistics[branch]}
     outputs, updated = module.apply(variables, inputs, train=train, mutable=["batch_stats"])
+    if kind != "float32":
+        outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), outputs)
     return outputs, {**statistics, branch: updated.get("batch_stats", {})}
 
 

@@ -52,8 +52,8 @@ static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) /
 
 static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
-// body(item, worker) for every item, with fewer workers than `workers`. The caller works too and waits
-// only for items that somebody is at: XLA's threads may all be callers at once.
+// body(item, worker) for every item; workers count from 0. The caller is one of them, and waits only
+// for items that somebody is at: XLA's threads may all be callers at once.
 static void parallel(ffi::ThreadPool& pool, int64_t items,
                      const std::function<void(int64_t, int64_t)>& body) {
   struct Job {

@@ -34,6 +34,7 @@ class Config:
     batch_size: int | None = None  # images an update
     micro_batch: int | None = None  # images of a batch that are in memory at a time (none: all)
     learning_rate: float | None = None  # Adam's
+    compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
     devices: int | None = None  # devices to learn on (none: all that there are)
     parallel: Literal["jit", "pmap"] = "jit"  # how a batch is split over them
     coordinator: str | None = None  # HOST:PORT of the first of several processes
