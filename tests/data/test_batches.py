@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 
 from vaejax.data.batches import Images, steps_per_epoch, stream
-from vaejax.data.prepare import prepare
+from vaejax.data.prepare import builder, prepare
 from vaejax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def images(faces: Path) -> Images:
-    return Images(prepare(faces, size=16, say=lambda _: None), "train")
+def prepared(faces: Path) -> Path:
+    return prepare(faces, size=16, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def images(prepared: Path) -> Images:
+    return Images(prepared, "train")
 
 
 def take(images: Images, n: int, **settings: int) -> list[np.ndarray]:
@@ -55,6 +60,14 @@ def test_a_restored_position_goes_on_with_the_next_batch(images, handed_out: int
     other = stream(images, batch_size=8, seed=0)
     other.set_state(position)
     assert keys([next(batches) for _ in range(5)]) == keys([next(other) for _ in range(5)])
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_images_are_those_that_tfds_reads(prepared: Path, split: str):
+    expected = [record["image"] for record in builder(prepared).as_data_source(split)]
+    images = Images(prepared, split)
+    assert images.shape == expected[0].shape
+    assert np.array_equal(images.read(np.arange(len(images))), expected)
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_what_would_do(images):
