@@ -142,7 +142,8 @@ def main() -> None:
         for name, arguments in PEAKS.items():
             with tempfile.TemporaryDirectory() as folder:
                 one = found["peaks"][name] = peak(arguments, Path(folder))
-            device = f"{one['device_bytes'] / 2**30:.2f} GiB" if one["device_bytes"] else "the host's"
+            own = one["device_bytes"]
+            device = f"{own / 2**30:.2f} GiB" if own else "the host's"
             print(f"{name:<28}{one['host_bytes'] / 2**30:>7.2f} GiB{device:>11}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

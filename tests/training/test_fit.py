@@ -20,7 +20,7 @@ from vaejax import objectives
 from vaejax.data.prepare import prepare
 from vaejax.errors import CheckpointError, DivergedError, UserError
 from vaejax.models.vae import VAE
-from vaejax.training import checkpoint, run
+from vaejax.training import checkpoint, learn, resident, run
 from vaejax.training.config import Config, Recipe, settle
 from vaejax.training.fit import fit
 
@@ -122,6 +122,23 @@ def test_a_run_in_two_parts_ends_bit_for_bit_like_one(
     assert "run: 7 of " in capsys.readouterr().out
     assert digest(tmp_path / "run") == digest(whole)
     assert (tmp_path / "run" / "faces.png").read_bytes() == (whole / "faces.png").read_bytes()
+
+
+def test_images_kept_on_the_device_make_the_same_run_and_it_goes_on_without(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = []
+    gather = resident.Resident.__call__
+    monkeypatch.setattr(
+        resident.Resident, "__call__", lambda self, i: given.append(i) or gather(self, i)
+    )
+    with monkeypatch.context() as there:
+        there.setattr(learn, "fits", lambda images, devices: True)
+        train(data, tmp_path / "run", steps=7)
+    assert len(given) == 7
+    train(data, tmp_path / "run")
+    assert len(given) == 7
+    assert digest(tmp_path / "run") == digest(whole)
 
 
 def start(data: Path, out: Path) -> subprocess.Popen:

@@ -83,9 +83,16 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def stream(
-    images: Images, *, batch_size: int, seed: int, shard: int = 0, shards: int = 1
+    images: Images,
+    *,
+    batch_size: int,
+    seed: int,
+    shard: int = 0,
+    shards: int = 1,
+    read: bool = True,
 ) -> grain.DatasetIterator:
-    """Endless training batches `[batch_size / shards, h, w, c]`: this shard's rows of each.
+    """Endless training batches `[batch_size / shards, h, w, c]`: this shard's rows of each; or
+    their indices `[batch_size / shards]`, where they are not to be read.
 
     Every pass has its own order. The iterator's position is saved with `get_state` and restored
     with `set_state` (or by Orbax); it counts batches handed out, not those read ahead.
@@ -94,6 +101,7 @@ def stream(
     rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
     order = grain.MapDataset.range(len(images)).seed(seed).shuffle()
     batches = order[: steps * batch_size].repeat().batch(batch_size)
-    read = batches.map(lambda indices: images.read(indices[rows]))
+    mine = batches.map(lambda indices: indices[rows])
+    found = mine.map(images.read) if read else mine
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-    return iter(read.to_iter_dataset(options))
+    return iter(found.to_iter_dataset(options))

@@ -20,6 +20,7 @@ from vaejax.training import checkpoint, page, parallel, programs, run
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
 from vaejax.training.plan import Schedule, refuse_too_much
+from vaejax.training.resident import Resident, fits
 from vaejax.training.state import TrainState, init
 
 
@@ -42,8 +43,10 @@ def learn(
     optimizer = build_adam(recipe, updates=plan.updates)
     prepared = Path(settings["schedule"]["prepared"])
     images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
+    resident = Resident(images, devices) if fits(images, devices) else None
     batches = data.stream(
         images,
+        read=resident is None,
         batch_size=recipe.batch_size,
         seed=config.seed,
         shard=jax.process_index(),
@@ -99,7 +102,10 @@ def learn(
                 last = done == plan.updates
                 if diary and n % plan.per_epoch == 0:
                     diary.epoch_begins(state, epoch)
-                state, figures = train_step.run(state, next(batches), train_key)
+                batch = next(batches)
+                if resident is not None:
+                    batch = resident(batch)
+                state, figures = train_step.run(state, batch, train_key)
 
                 if n % config.log_steps == 0:
                     line = finite(figures, folder, recipe, step=n)

@@ -214,8 +214,10 @@ def put(devices: Devices, images: UInt8[np.ndarray, "b h w c"], batch: int) -> A
     return jax.make_array_from_process_local_data(sharding, images, (batch, *images.shape[1:]))
 
 
-def placed(devices: Devices, images: UInt8[np.ndarray, "b h w c"]) -> Any:
+def placed(devices: Devices, images: UInt8[np.ndarray, "b h w c"] | Array) -> Any:
     """This process' images of a batch that divides, as the programs want them."""
+    if isinstance(images, jax.Array):
+        return jax.device_put(images, jax.NamedSharding(devices.mesh, jax.P(AXIS)))
     if devices.how == "pmap":
         return images.reshape(devices.count, -1, *images.shape[1:])
     return put(devices, images, len(images) * jax.process_count())
