@@ -1,6 +1,6 @@
 """vaejax: the very program that `experiments/anime.py` and `students.py` run."""
 
-from functools import partial
+from functools import cache, partial
 
 import flax
 import jax
@@ -50,27 +50,30 @@ def contender(task: Task) -> Contender:
     _, images, _ = task.load()
     devices, key = parallel.choose(1), jax.random.key(1)
     state, optimizer = start(task)
-    step = programs.compile_train_step(
-        partial(recipe(task).loss, model=recipe(task).model),
-        optimizer,
-        state,
-        jax.ShapeDtypeStruct(images.shape, images.dtype),
-        key,
-        devices=devices,
-    )
+
+    @cache
+    def step() -> programs.TrainStep:  # compiled when it is first asked for, as the others'
+        return programs.compile_train_step(
+            partial(recipe(task).loss, model=recipe(task).model),
+            optimizer,
+            state,
+            jax.ShapeDtypeStruct(images.shape, images.dtype),
+            key,
+            devices=devices,
+        )
 
     def losses() -> list[float]:
         nonlocal state
         found = []
         for _ in range(2):
-            state, figures = step.run(state, images, key)
+            state, figures = step().run(state, images, key)
             found.append(float(figures["loss"]))
         return found
 
     def steps(count: int) -> None:
         nonlocal state
         for _ in range(count):
-            state, _ = step.run(state, images, key)
+            state, _ = step().run(state, images, key)
         jax.block_until_ready(state)
 
     version = f"jax {jax.__version__}, flax {flax.__version__}"

@@ -75,17 +75,6 @@ static void parallel(ffi::ThreadPool& pool, int64_t items,
   while (job->done < items) std::this_thread::yield();
 }
 
-// Ask for large pages where memory is fresh, as XLA's is in every run of a program: it is about to be
-// written from end to end, and a fault for each small page would take a tenth of the time.
-static void large_pages(void* data, size_t size) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Memory to work in, kept from call to call: faults for fresh pages would take as long as the work.
 class Scratch {
  public:
@@ -107,7 +96,9 @@ class Scratch {
       }
     }
     memory_ = {static_cast<float*>(std::aligned_alloc(kPage, wanted)), wanted};
-    if (memory_.data) large_pages(memory_.data, wanted);
+#if defined(__linux__)
+    if (memory_.data) madvise(memory_.data, wanted, MADV_HUGEPAGE);
+#endif
   }
   ~Scratch() {
     std::lock_guard<std::mutex> lock(mutex());

@@ -7,11 +7,6 @@
 using In = ffi::Buffer<ffi::F32, 4>;
 using Out = ffi::Result<In>;
 
-static float* fresh(Out& result) {
-  large_pages(result->typed_data(), result->size_bytes());
-  return result->typed_data();
-}
-
 static ffi::Error done(bool enough) {
   if (enough) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a convolution to work in");
@@ -27,19 +22,19 @@ static Grid coarse(const In& code) {
 }
 static ffi::Error WinogradForward(ffi::ThreadPool pool, In image,
                                   In kernel, Out code) {
-  return done(correlate(pool, fine(image), kernel.typed_data(), (fresh(code), coarse(*code)),
+  return done(correlate(pool, fine(image), kernel.typed_data(), coarse(*code),
                         false));
 }
 // the kernel as [5, 5, out, in]
 static ffi::Error WinogradInputGradient(ffi::ThreadPool pool,
                                         In code, In kernel, Out image) {
-  return done(correlate(pool, coarse(code), kernel.typed_data(), (fresh(image), fine(*image)),
+  return done(correlate(pool, coarse(code), kernel.typed_data(), fine(*image),
                         true));
 }
 static ffi::Error WinogradKernelGradient(ffi::ThreadPool pool,
                                          In image, In code, Out kernel) {
   return done(correlate_adjoint(pool, fine(image), coarse(code),
-                                fresh(kernel)));
+                                kernel->typed_data()));
 }
 
 static Windows windows(const In& image, const In& kernel, const In& code, int64_t stride,
@@ -50,19 +45,19 @@ static Windows windows(const In& image, const In& kernel, const In& code, int64_
 static ffi::Error WindowsForward(ffi::ThreadPool pool, int64_t stride, int64_t top,
                                  int64_t left, In image, In kernel, Out code) {
   return done(windows_forward(pool, windows(image, kernel, *code, stride, top, left),
-                              image.typed_data(), kernel.typed_data(), fresh(code)));
+                              image.typed_data(), kernel.typed_data(), code->typed_data()));
 }
 static ffi::Error WindowsInputGradient(ffi::ThreadPool pool, int64_t stride,
                                        int64_t top, int64_t left, In code, In kernel, Out image) {
   return done(windows_input_gradient(pool,
                                      windows(*image, kernel, code, stride, top, left),
-                                     code.typed_data(), kernel.typed_data(), fresh(image)));
+                                     code.typed_data(), kernel.typed_data(), image->typed_data()));
 }
 static ffi::Error WindowsKernelGradient(ffi::ThreadPool pool, int64_t stride,
                                         int64_t top, int64_t left, In image, In code, Out kernel) {
   return done(windows_kernel_gradient(pool,
                                       windows(image, *kernel, code, stride, top, left),
-                                      image.typed_data(), code.typed_data(), fresh(kernel)));
+                                      image.typed_data(), code.typed_data(), kernel->typed_data()));
 }
 
 using Any = ffi::AnyBuffer;

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +26,14 @@ from vaejax import cache
 from vaejax.errors import UserError
 
 AXIS = "data"
-# glibc's malloc keeps heaps for every thread, and a run has a hundred threads: what its checkpoints
-# leave in them would grow by some 50 KiB an epoch
-M_ARENA_MAX = -8
+# For glibc's malloc. XLA on a CPU asks anew for the memory of every step: returned to the system in
+# between, it would cost hundreds of thousands of page faults, up to a third of the time. And a
+# run has a hundred threads: in a heap for each, checkpoints would leave some 50 KiB an epoch.
+ONE_HEAP = {
+    -8: 1,  # M_ARENA_MAX: one for all threads
+    -4: 0,  # M_MMAP_MAX: large pieces in it as well
+    -1: -1,  # M_TRIM_THRESHOLD: its end stays
+}
 T = TypeVar("T")
 
 
@@ -40,9 +44,10 @@ def configure(*, keep: bool = True) -> None:
     forbidden. With `keep`, what was compiled stays in the user's cache folder, so that a run that
     goes on starts at once.
     """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # a C library without it
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+    with suppress(AttributeError, OSError):  # a C library without it
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ONE_HEAP.items():
+            mallopt(parameter, value)
     deterministic = "--xla_gpu_deterministic_ops=true"
     if deterministic not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {deterministic}".strip()
@@ -52,6 +57,12 @@ def configure(*, keep: bool = True) -> None:
             "jax_compilation_cache_dir", str(cache.folder() / "xla" / cache.processor())
         )
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def release() -> None:
+    """Give back to the system what nothing uses, as the gigabyte that compiling has left."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Processes ----------------------------------------------------------------------------------------

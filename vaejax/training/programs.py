@@ -44,6 +44,7 @@ def compile_train_step(
         )
     step = partial(train_step, loss=loss, optimizer=optimizer)
     program = _compile(step, state, images, key, images=1, donate=0, devices=devices)
+    parallel.release()
 
     def run(state, images, key):
         return program(state, parallel.placed(devices, images), key)
@@ -71,6 +72,7 @@ def _compile_in_parts(
         partial(update, optimizer=optimizer), out_shardings=everywhere, donate_argnums=0
     )
     apply = apply.lower(state, found).compile()
+    parallel.release()
 
     def run(state, images, key):
         total = zeros()._replace(statistics=state.statistics)
