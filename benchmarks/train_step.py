@@ -125,7 +125,7 @@ def measure(task: Task, *, only: list[str], rounds: int, steps: int, folder: Pat
         first[name] = worker.ask("losses")
         print(f"{name}: losses {first[name]['losses']}", file=sys.stderr, flush=True)
     refuse_to_disagree({name: found["losses"] for name, found in first.items()}, task.precision)
-    compiled = {worker.name: worker.ask("steps")["seconds"] for worker in workers}
+    second = {worker.name: worker.ask("steps", 2) for worker in workers}
     found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     rates = []
     for number in range(rounds):
@@ -143,7 +143,7 @@ def measure(task: Task, *, only: list[str], rounds: int, steps: int, folder: Pat
         step = statistics.median(times)
         busy = statistics.median(one["cpu_seconds"] / steps for one in found[worker.name])
         # the first update of all, and the first that is timed, where that is another program
-        compiling = first[worker.name]["seconds"] + compiled[worker.name] - 3 * step
+        compiling = first[worker.name]["seconds"] + second[worker.name]["seconds"] - 4 * step
         rows.append(
             {
                 "contender": worker.name,
@@ -153,7 +153,7 @@ def measure(task: Task, *, only: list[str], rounds: int, steps: int, folder: Pat
                 "seconds": times,
                 "cpu_seconds": busy,
                 "share": task.batch / step * operations(task) / max(rates),
-                "memory": found[worker.name][-1]["memory"],
+                "memory": second[worker.name]["memory"],  # before the matrix products
                 "compile_seconds": max(0.0, compiling),
                 "losses": first[worker.name]["losses"],
             }

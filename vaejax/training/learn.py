@@ -134,6 +134,7 @@ def learn(
                     if diary:
                         diary.before_a_checkpoint()
                     checkpoint.save(checkpoints, state, batches)
+                    parallel.release()
                     if diary:
                         diary.after_a_checkpoint()
                     saved = time.monotonic()

@@ -48,6 +48,8 @@ def configure(*, keep: bool = True) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ONE_HEAP.items():
             mallopt(parameter, value)
+    # or else several steps that wait for each other would each have their memory
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     deterministic = "--xla_gpu_deterministic_ops=true"
     if deterministic not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {deterministic}".strip()
@@ -60,7 +62,7 @@ def configure(*, keep: bool = True) -> None:
 
 
 def release() -> None:
-    """Give back to the system what nothing uses, as the gigabyte that compiling has left."""
+    """Give back to the system what nothing uses: what compiling or a checkpoint has left."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
