@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("slope", "peaks"), help="one of the two")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     given = parser.parse_args()
+    if given.epochs < 20:
+        parser.error(f"--epochs {given.epochs}: a line needs at least 20")
     found: dict[str, Any] = {"machine": platform.platform(), "python": sys.version}
     if given.only != "peaks":
         with tempfile.TemporaryDirectory() as folder:

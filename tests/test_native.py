@@ -58,7 +58,7 @@ def test_every_map_is_that_of_xla_in_double_precision(layer, case, monkeypatch):
     kernel = normal(taps, taps, c, o, seed=1)
     image = normal(b, h, w, c)
     x = image if layer is convolve else normal(b, h // stride, w // stride, o)
-    chosen = native_form(image.shape, kernel.shape, stride, jnp.float32)
+    chosen = native_form(image.shape, kernel.shape, stride, *map(jnp.asarray, (image, kernel)))
     assert chosen == ("winograd" if case in WINOGRAD else "windows")
     ours = values_and_gradients(partial(layer, stride=stride), jnp.asarray(x), jnp.asarray(kernel))
     with jax.enable_x64(True):
@@ -102,19 +102,20 @@ def test_an_image_does_not_see_its_neighbours(case):
 def test_the_report_s_layers_are_taken_and_what_is_not_float32_is_not(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     found = [
-        native_form((128, size, size, c), (5, 5, c, o), stride, jnp.float32)
+        native_form((128, size, size, c), (5, 5, c, o), stride, jnp.zeros(1))
         for size, c, o, stride in [
             (64, 3, 32, 1), (64, 32, 64, 2), (32, 64, 128, 2), (16, 128, 256, 2), (8, 256, 512, 2),
             (256, 3, 64, 4),
         ]
     ]  # fmt: skip
     assert found == ["windows", *["winograd"] * 4, "windows"]
-    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, jnp.float64) is None
-    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, jnp.bfloat16) is None
-    assert native_form((128, 64, 64, 32), (3, 3, 32, 64), 2, jnp.float32) is None
-    assert native_form((128, 63, 64, 32), (5, 5, 32, 64), 2, jnp.float32) is None
+    single, half = jnp.zeros(1), jnp.zeros(1, jnp.bfloat16)
+    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, half, half) is None
+    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, single, half) is None
+    assert native_form((128, 64, 64, 32), (3, 3, 32, 64), 2, single) is None
+    assert native_form((128, 63, 64, 32), (5, 5, 32, 64), 2, single) is None
     monkeypatch.setattr(jax, "device_count", lambda: 4)  # XLA could not split them
-    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, jnp.float32) is None
+    assert native_form((128, 64, 64, 32), (5, 5, 32, 64), 2, single) is None
 
 
 GRADIENTS = """

@@ -3,13 +3,19 @@
 import hashlib
 import os
 import platform
+import tempfile
 from functools import cache
 from pathlib import Path
 
 
 def folder() -> Path:
     """Where compiled programs, kernels and prepared images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vaejax"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "vaejax"
+    try:
+        return Path.home() / ".cache" / "vaejax"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"vaejax-{os.getuid()}"
 
 
 @cache

@@ -58,3 +58,13 @@ def test_the_norm_is_the_length_of_all_leaves(served: bool):
     for bad in (jnp.nan, jnp.inf):
         broken = {**found, "dense": found["dense"].at[-1].set(bad)}
         assert not np.isfinite(norm(broken))
+
+
+def test_it_takes_float32_where_the_default_is_double(served: bool):
+    gradients = tree(1)
+    optimizer = adam(1e-3, b1=0.5)
+    with jax.enable_x64(True):
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(gradients))
+    # the first step is the rate, whatever the gradient's length
+    np.testing.assert_allclose(np.abs(updates["bias"]), 1e-3, rtol=1e-3)
+    assert float(jnp.median(jnp.abs(updates["dense"]))) == pytest.approx(1e-3, rel=1e-3)

@@ -43,7 +43,7 @@ class Images:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @property
     def shape(self) -> tuple[int, ...]:

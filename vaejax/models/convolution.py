@@ -16,7 +16,7 @@ what is fast where. `compiler_options` is for whoever compiles the program.
 
 from functools import cache, partial
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def forward(
     """y[i] = sum over p of x[stride i + p - low] w[p]."""
     outputs = tuple(-(-n // stride) for n in x.shape[1:3])
     paddings = _same(x.shape[1:3], outputs, kernel.shape[:2], stride)
-    if (ours := native_form(x.shape, kernel.shape, stride, x.dtype)) is not None:
+    if (ours := native_form(x.shape, kernel.shape, stride, x, kernel)) is not None:
         return native.forward(ours, x, kernel, **_window(ours, paddings, stride))
     return correlate(x, kernel, paddings, stride=stride)
 
@@ -136,7 +136,7 @@ def input_gradient(
     taps = kernel.shape[:2]
     same = _same(size, g.shape[1:3], taps, stride)
     image = (g.shape[0], *size, kernel.shape[2])
-    if (ours := native_form(image, kernel.shape, stride, g.dtype)) is not None:
+    if (ours := native_form(image, kernel.shape, stride, g, kernel)) is not None:
         return native.input_gradient(ours, g, kernel, size, **_window(ours, same, stride))
     paddings = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, same, strict=True)]
     turned = kernel[::-1, ::-1].swapaxes(2, 3)  # [k l o c]
@@ -153,7 +153,7 @@ def kernel_gradient(
     """
     paddings = _same(x.shape[1:3], g.shape[1:3], size, stride)
     kernel = (*size, x.shape[3], g.shape[3])
-    if (ours := native_form(x.shape, kernel, stride, g.dtype)) is not None:
+    if (ours := native_form(x.shape, kernel, stride, x, g)) is not None:
         return native.kernel_gradient(ours, x, g, size, **_window(ours, paddings, stride))
     return lax.conv_general_dilated(
         x,
@@ -165,8 +165,9 @@ def kernel_gradient(
     )
 
 
-def native_form(image: Shape, kernel: Shape, stride: int, dtype: Any) -> native.Form | None:
-    """The kernels of our own that take this convolution and all its maps; None for XLA."""
+def native_form(image: Shape, kernel: Shape, stride: int, *given: Array) -> native.Form | None:
+    """The kernels of our own that take this convolution and all its maps, of the shapes of image
+    and kernel, for the arrays that are given; None for XLA."""
     (b, h, w, c), (k, taps, *_) = image, kernel
     found: native.Form | None = None
     if k == taps and k >= stride and c <= FEW_CHANNELS:
@@ -175,7 +176,8 @@ def native_form(image: Shape, kernel: Shape, stride: int, dtype: Any) -> native.
         found = "winograd"
     products = b * h * w * prod(kernel) // stride**2
     fits = h % stride == w % stride == 0 and products >= TINY
-    return found if found and fits and native.serves(dtype) else None
+    serves = found and fits and all(native.serves(array.dtype) for array in given)
+    return found if serves else None
 
 
 def _window(ours: native.Form, paddings: Paddings, stride: int) -> dict[str, int]:

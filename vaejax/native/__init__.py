@@ -12,6 +12,7 @@ slower, and the same up to rounding.
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,13 +63,14 @@ def missing() -> str:
         return f"{SWITCH}=0"
     try:
         library = ctypes.CDLL(str(build()))
+        found = {name: jax.ffi.pycapsule(getattr(library, name)) for name in NAMES}
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        return f"{error.cmd[0]} failed: {said[0] if said else error.returncode}"
-    except (OSError, subprocess.SubprocessError) as error:
+        said = error.stderr.decode(errors="replace").splitlines()
+        first = next((line for line in said if "error" in line), f"exit {error.returncode}")
+        return f"{error.cmd[0]}: {first.strip()}"
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return str(error)
-    for name in NAMES:
-        capsule = jax.ffi.pycapsule(getattr(library, name))
+    for name, capsule in found.items():
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return ""
 
@@ -78,12 +80,14 @@ def build() -> Path:
 
     Raises OSError or subprocess.SubprocessError where it cannot be built.
     """
-    named = os.environ.get("CXX")
-    compiler = named or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    )
+    if not compiler:
         raise FileNotFoundError("no C++ compiler: install g++ or clang++, or name one in CXX")
     sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[hc]*"))]
-    words = (compiler, *FLAGS, version("jaxlib"), processor(), *sources)
+    words = (*compiler, *FLAGS, version("jaxlib"), processor(), *sources)
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     library = folder() / "native" / f"{name}.so"
     if not library.exists():
@@ -91,7 +95,7 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as room:
             made = Path(room) / library.name
             command = [
-                compiler,
+                *compiler,
                 *FLAGS,
                 "-I",
                 jax.ffi.include_dir(),
@@ -164,11 +168,17 @@ def adam(
     of any parameter, and XLA, which sees that, keeps no copies of what is overwritten.
     """
     results = [jax.ShapeDtypeStruct(gradient.shape, gradient.dtype)] * 3
-    call = jax.ffi.ffi_call("vaejax_adam", results, input_output_aliases={0: 0, 1: 1, 2: 2})
+    call = jax.ffi.ffi_call(
+        "vaejax_adam",
+        results,
+        input_output_aliases={0: 0, 1: 1, 2: 2},
+        vmap_method="sequential",
+    )
     settings = {"b1": np.float64(b1), "b2": np.float64(b2), "eps": np.float64(eps)}
     return call(gradient, mean, square, corrections, length, **settings)
 
 
 def squared_length(x: Float[Array, "..."]) -> Float[Array, ""]:
     """The sum of the squares, which XLA would write down before it adds them."""
-    return jax.ffi.ffi_call("vaejax_squared_length", jax.ShapeDtypeStruct((), x.dtype))(x)
+    result = jax.ShapeDtypeStruct((), x.dtype)
+    return jax.ffi.ffi_call("vaejax_squared_length", result, vmap_method="sequential")(x)

@@ -16,6 +16,12 @@ static void adam(ffi::ThreadPool& pool, int64_t size, double b1, double b2, doub
   const float correction = corrections[0], square_correction = corrections[1];
   parallel(pool, (size + kPiece - 1) / kPiece, [=](int64_t item, int64_t) {
     const int64_t last = std::min(size, (item + 1) * kPiece);
+    // what is written lies where the same index was read, or nowhere near
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
     for (int64_t i = item * kPiece; i < last; i++) {
       const float g = gradient[i];
       const float m = blend * g + keep * mean[i];

@@ -52,8 +52,8 @@ static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) /
 
 static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
-// body(item, worker) for every item; workers count from 0. The caller is one of them, and waits only
-// for items that somebody is at: XLA's threads may all be callers at once.
+// body(item, worker) for every item; workers count from 0. The caller is one of them, and waits
+// only for items that somebody is at: XLA's threads may all be callers at once.
 static void parallel(ffi::ThreadPool& pool, int64_t items,
                      const std::function<void(int64_t, int64_t)>& body) {
   struct Job {
@@ -117,8 +117,14 @@ class Scratch {
     size_t size;
   };
   static constexpr int64_t kPage = 2 << 20;
-  static std::mutex& mutex() { static auto* one = new std::mutex; return *one; }
-  static std::vector<Memory>& kept() { static auto* all = new std::vector<Memory>; return *all; }
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex;
+    return *one;
+  }
+  static std::vector<Memory>& kept() {
+    static auto* all = new std::vector<Memory>;
+    return *all;
+  }
   Memory memory_ = {nullptr, 0};
   int64_t taken_ = 0;
 };
@@ -129,8 +135,8 @@ class Scratch {
 // may be a transposed one.
 template <int kHeight>
 static inline void product(int64_t depth, const float* a, int64_t row, int64_t column,
-                           const float* b, int64_t ldb, int64_t right, float* c,
-                           int64_t ldc, bool add) {
+                           const float* b, int64_t ldb, int64_t right, float* c, int64_t ldc,
+                           bool add) {
   Vector sum[kHeight][2];
   for (int i = 0; i < kHeight; i++) {
     sum[i][0] = add ? load(c + i * ldc) : Vector{};
@@ -153,8 +159,7 @@ static inline void product(int64_t depth, const float* a, int64_t row, int64_t c
 
 template <int kHeight = kRows>
 static void products(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column,
-                     const float* b, int64_t ldb, int64_t right, float* c,
-                           int64_t ldc, bool add) {
+                     const float* b, int64_t ldb, int64_t right, float* c, int64_t ldc, bool add) {
   for (; rows >= kHeight; rows -= kHeight, a += kHeight * row, c += kHeight * ldc)
     product<kHeight>(depth, a, row, column, b, ldb, right, c, ldc, add);
   if constexpr (kHeight > 1)

@@ -42,8 +42,8 @@ static const float* widened(const float* from, int64_t rows, int64_t width, int6
   return to;
 }
 
-static bool windows_forward(ffi::ThreadPool& pool, const Windows& g,
-                            const float* image, const float* kernel, float* code) {
+static bool windows_forward(ffi::ThreadPool& pool, const Windows& g, const float* image,
+                            const float* kernel, float* code) {
   const int64_t strips = (g.rows + kStrip - 1) / kStrip, wide = g.padded();
   const int64_t own = g.covered(kStrip) * g.lead() + g.columns * wide;
   Scratch scratch(g.depth() * wide + workers(pool) * own);
@@ -72,8 +72,8 @@ static bool windows_forward(ffi::ThreadPool& pool, const Windows& g,
   return true;
 }
 
-static bool windows_input_gradient(ffi::ThreadPool& pool, const Windows& g,
-                                   const float* code, const float* kernel, float* image) {
+static bool windows_input_gradient(ffi::ThreadPool& pool, const Windows& g, const float* code,
+                                   const float* kernel, float* image) {
   const int64_t wide = ceil_to(g.taps * g.group(), kPanel);
   const int64_t covered = std::max(g.covered(g.rows), g.top + g.height);
   const int64_t own = covered * g.lead() + g.columns * wide;
@@ -109,14 +109,13 @@ static bool windows_input_gradient(ffi::ThreadPool& pool, const Windows& g,
     }
     for (int64_t y = 0; y < g.height; y++)
       std::memcpy(image + (n * g.height + y) * g.width * g.channels,
-                  around + (y + g.top) * g.lead() + g.left * g.channels,
-                  4 * g.width * g.channels);
+                  around + (y + g.top) * g.lead() + g.left * g.channels, 4 * g.width * g.channels);
   });
   return true;
 }
 
-static bool windows_kernel_gradient(ffi::ThreadPool& pool, const Windows& g,
-                                    const float* image, const float* code, float* kernel) {
+static bool windows_kernel_gradient(ffi::ThreadPool& pool, const Windows& g, const float* image,
+                                    const float* code, float* kernel) {
   constexpr int64_t kParts = 16;  // a fixed number: their order decides the rounding
   const int64_t wide = g.padded(), size = g.depth() * wide;
   const int64_t own = g.covered(kStrip) * g.lead() + g.columns * wide;
@@ -139,8 +138,8 @@ static bool windows_kernel_gradient(ffi::ThreadPool& pool, const Windows& g,
         for (int64_t o = 0; o < wide; o += kPanel)
           for (int64_t p = 0; p < g.taps; p++)
             products(g.across(), g.columns, around + (i * g.stride + p) * g.lead(), 1,
-                     g.stride * g.channels, row + o, wide, kLanes,
-                     sum + p * g.across() * wide + o, wide, true);
+                     g.stride * g.channels, row + o, wide, kLanes, sum + p * g.across() * wide + o,
+                     wide, true);
       }
     }
   });

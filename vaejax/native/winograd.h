@@ -135,8 +135,8 @@ static inline int64_t tap(int64_t phase, int64_t t) { return 2 * t - 1 + phase; 
 
 // U from the kernel [5, 5, in, out], in panels of columns. The phases belong to the inputs of a
 // convolution; with `turned`, to the outputs of its adjoint, whose taps stand the other way round.
-static void kernel_points(ffi::ThreadPool& pool, const float* kernel,
-                          const Grid& in, const Grid& out, bool turned, float* u) {
+static void kernel_points(ffi::ThreadPool& pool, const float* kernel, const Grid& in,
+                          const Grid& out, bool turned, float* u) {
   const int64_t depth = in.depth(), width = ceil_to(out.depth(), kPanel);
   const int64_t plane = spread(depth * width);
   constexpr int64_t kSome = 64;
@@ -183,8 +183,8 @@ static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel
       gather<kWindow, 1, inputs>(in, first + t, v + t * row, kLanes, v_plane);
     for (int64_t point = 0; point < kPoints; point++)
       for (int64_t n = 0; n < width; n += kPanel)
-        products(count, depth, v + point * v_plane, row, 1, u + point * u_plane + n * depth,
-                 kPanel, kLanes, m + point * m_plane + n, width, false);
+        products(count, depth, v + point * v_plane, row, 1, u + point * u_plane + n * depth, kPanel,
+                 kLanes, m + point * m_plane + n, width, false);
     for (int64_t t = 0; t < count; t++) scatter(out, first + t, m + t * width, m_plane);
   });
   return true;
@@ -225,8 +225,7 @@ static bool correlate_adjoint(ffi::ThreadPool& pool, const Grid& in, const Grid&
       for (int64_t o = 0; o < out.channels; o += kLanes) {
         const float* from = u + (phase * in.padded() + c) * width + o;
         Vector points[kWindow][kWindow], taps[3][3];
-        for (int i = 0; i < kPoints; i++)
-          points[i / kWindow][i % kWindow] = load(from + i * plane);
+        for (int i = 0; i < kPoints; i++) points[i / kWindow][i % kWindow] = load(from + i * plane);
         both<kWindow, 3, kernels_adjoint>(points, taps);
         for (int i = 0; i < 3; i++)
           for (int j = 0; j < 3; j++) {

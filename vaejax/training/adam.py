@@ -27,7 +27,7 @@ def adam(
         if length is None:
             length = norm(gradients)
         count = optax.safe_increment(state.count)
-        corrections = jnp.stack([1 - b1**count, 1 - b2**count])
+        corrections = jnp.stack([1 - b1**count, 1 - b2**count]).astype(jnp.float32)
         means, squares = (tree.flatten_up_to(moments) for moments in (state.mu, state.nu))
         small = [
             [x for x, own in zip(xs, large, strict=True) if not own]

@@ -154,4 +154,4 @@ def _say_plan(
     print(describe(recipe, plan, images=images))
     to_prepare = files if prepared is None else 0
     print(forecast(config, recipe, plan, devices=devices, to_prepare=to_prepare))
-    print("a dry run: nothing was written")
+    print("a dry run: nothing was written, but for kernels in the cache")

@@ -44,7 +44,7 @@ def configure(*, keep: bool = True) -> None:
     forbidden. With `keep`, what was compiled stays in the user's cache folder, so that a run that
     goes on starts at once.
     """
-    with suppress(AttributeError, OSError):  # a C library without it
+    with suppress(AttributeError, OSError, TypeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ONE_HEAP.items():
             mallopt(parameter, value)
@@ -63,7 +63,7 @@ def configure(*, keep: bool = True) -> None:
 
 def release() -> None:
     """Give back to the system what nothing uses: what compiling or a checkpoint has left."""
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

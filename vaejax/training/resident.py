@@ -7,7 +7,7 @@ from jaxtyping import Array, Int
 from vaejax.data.batches import Images
 from vaejax.training import parallel
 
-SHARE = 4  # of a device's memory the images may fill one part in so many
+SHARE = 8  # of a device's memory the images may fill one part in so many: the rest is a step's
 CHUNK = 1024  # images that are read at a time
 
 

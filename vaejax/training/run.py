@@ -236,7 +236,8 @@ def _next_number() -> int:
 def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """The fields by which the run in `folder` is another one: "model.size 64 → 128"."""
     try:
-        there, here = _flat(read(folder)), _flat(settings)
+        # what runs that were begun before there was a choice did
+        there, here = {"model.compute": "float32"} | _flat(read(folder)), _flat(settings)
     except UserError as error:
         return [str(error)]
     return [
