@@ -51,6 +51,22 @@ def test_it_is_optax_adam_step_by_step(served: bool):
             assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize("length", [np.nan, np.inf])
+def test_a_gradient_that_is_no_number_changes_nothing(served: bool, length: float):
+    optimizer = adam(1e-3, b1=0.5)
+    params = tree(0)
+    _, state = optimizer.update(tree(1), optimizer.init(params), params)
+    broken = {**tree(2), "bias": jnp.full(7, length), "dense": tree(2)["dense"].at[3].set(length)}
+    step = jax.jit(optax.with_extra_args_support(optimizer).update)
+    for gradients in (broken, tree(2)):  # of which the second is told to be as bad
+        updates, after = step(gradients, state, params, length=jnp.float32(length))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(a, b)
+    updates, _ = step(tree(2), state, params, length=norm(tree(2)))
+    assert all(np.all(leaf) for leaf in jax.tree.leaves(updates))
+
+
 def test_the_norm_is_the_length_of_all_leaves(served: bool):
     found = tree(1)
     vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)]).astype(float)

@@ -86,7 +86,8 @@ def waves(params, statistics, images, keys, *, train: bool, axis: str | None = N
 
 def state() -> TrainState:
     weights = jnp.linspace(-1, 1, 768 * 64).reshape(768, 64)
-    return TrainState(jnp.zeros((), jnp.int32), weights, {}, OPTIMIZER.init(weights))
+    zeros = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(*zeros, weights, {}, OPTIMIZER.init(weights))
 
 
 @pytest.fixture(scope="module")

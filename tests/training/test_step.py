@@ -10,6 +10,7 @@ import pytest
 
 from vaejax.models import vae
 from vaejax.objectives import report
+from vaejax.training.adam import adam
 from vaejax.training.state import TrainState, init
 from vaejax.training.step import eval_step, gradient, image_keys, train_step
 
@@ -47,6 +48,38 @@ def test_a_hundred_updates_on_one_batch_learn_it(state, images):
 
 def test_an_update_is_a_function_of_its_arguments(state, images):
     assert equal(step(state, images, KEY), step(state, images, KEY))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_no_number_is_not_applied(bad: str, state, images):
+    def breaks(params, statistics, images, keys, *, at, **settings):
+        """As it was in updates 0 and 3, and broken in between."""
+        scale, (figures, statistics) = LOSS(params, statistics, images, keys, **settings)
+        number = jnp.where(at % 3 == 0, 1.0, jnp.nan)
+        if bad == "loss":  # alone: what does not depend on the parameters has no gradient
+            return scale, ({**figures, "loss": figures["loss"] * number}, statistics)
+        return scale * number, (figures, statistics)
+
+    optimizer = adam(1e-3, b1=0.5)
+    begin = state._replace(opt_state=optimizer.init(state.params))
+
+    @jax.jit
+    def update(state):
+        loss = partial(breaks, at=state.step)
+        return train_step(state, jnp.asarray(images), KEY, loss=loss, optimizer=optimizer)
+
+    first, figures = update(begin)
+    assert figures["skipped"] == 0
+    assert not equal(first.params, begin.params)
+    second, figures = update(first)
+    assert figures["skipped"] == second.skipped == 1
+    third, figures = update(second)
+    assert figures["skipped"] == third.skipped == 2
+    assert int(third.step) == 3
+    assert equal(third._replace(step=first.step, skipped=first.skipped), first)
+    fourth, figures = update(third)
+    assert figures["skipped"] == fourth.skipped == 0
+    assert not equal(fourth.params, third.params)
 
 
 def test_the_noise_of_an_update_comes_from_its_number_and_the_key(state, images):

@@ -164,8 +164,9 @@ def adam(
     """The step, of unit rate, and the new moments, in the memory of the three arguments;
     `corrections` are 1 - b1^t and 1 - b2^t (Kingma and Ba, 2015, algorithm 1).
 
-    The `length` of all gradients is not looked at. Whatever comes after it comes after the last use
-    of any parameter, and XLA, which sees that, keeps no copies of what is overwritten.
+    Where the `length` of all gradients is no finite number the step is zero and the moments stay.
+    Whatever comes after it comes after the last use of any parameter, and XLA, which sees that,
+    keeps no copies of what is overwritten.
     """
     results = [jax.ShapeDtypeStruct(gradient.shape, gradient.dtype)] * 3
     call = jax.ffi.ffi_call(

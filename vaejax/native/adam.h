@@ -1,16 +1,24 @@
 // What an optimizer does to every parameter.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common.h"
 
 constexpr int64_t kPiece = 1 << 16;  // numbers at a time
 
-// Adam's step and its moments, each in the memory of one of the arguments.
+// Adam's step and its moments, each in the memory of one of the arguments; no step, and the moments
+// as they were, where the length of all gradients is no number.
 static void adam(ffi::ThreadPool& pool, int64_t size, double b1, double b2, double eps,
-                 const float* corrections, const float* gradient, const float* mean,
+                 const float* corrections, float length, const float* gradient, const float* mean,
                  const float* square, float* step, float* new_mean, float* new_square) {
+  if (!std::isfinite(length)) {
+    std::fill_n(step, size, 0.0f);
+    if (new_mean != mean) std::copy_n(mean, size, new_mean);
+    if (new_square != square) std::copy_n(square, size, new_square);
+    return;
+  }
   // in single precision 1 - 0.999 is wrong in the fifth digit
   const float keep = b1, blend = 1 - b1, square_keep = b2, square_blend = 1 - b2, small = eps;
   const float correction = corrections[0], square_correction = corrections[1];

@@ -55,10 +55,10 @@ static ffi::Error WindowsKernelGradient(ffi::ThreadPool pool, int64_t stride, in
 using Any = ffi::AnyBuffer;
 
 static ffi::Error Adam(ffi::ThreadPool pool, double b1, double b2, double eps, Any gradient,
-                       Any mean, Any square, Any corrections, Any, ffi::Result<Any> step,
+                       Any mean, Any square, Any corrections, Any length, ffi::Result<Any> step,
                        ffi::Result<Any> new_mean, ffi::Result<Any> new_square) {
   adam(pool, gradient.element_count(), b1, b2, eps, corrections.typed_data<float>(),
-       gradient.typed_data<float>(), mean.typed_data<float>(), square.typed_data<float>(),
+       *length.typed_data<float>(), gradient.typed_data<float>(), mean.typed_data<float>(), square.typed_data<float>(),
        step->typed_data<float>(), new_mean->typed_data<float>(), new_square->typed_data<float>());
   return ffi::Error::Success();
 }

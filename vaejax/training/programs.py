@@ -14,7 +14,7 @@ from vaejax.models.convolution import compiler_options
 from vaejax.objectives import Figures, Loss
 from vaejax.training import parallel
 from vaejax.training.state import TrainState
-from vaejax.training.step import add_gradient, eval_step, gradient, train_step, update
+from vaejax.training.step import Gradient, add_gradient, eval_step, gradient, train_step, update
 
 
 class TrainStep(NamedTuple):
@@ -61,10 +61,13 @@ def _compile_in_parts(
         partial(gradient, loss=loss), state.params, state.statistics, state.step, some, key
     )
     everywhere = parallel.whole(devices)
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found),
-        out_shardings=everywhere,
-    )
+
+    def zeros(statistics: PyTree) -> Gradient:
+        """No gradient yet; the statistics are a copy, to be changed."""
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+        return nothing._replace(statistics=statistics)
+
+    begin = jax.jit(zeros, out_shardings=everywhere)
     one = partial(add_gradient, loss=loss, parts=parts)
     arguments = (found, state.params, state.step, some, key, np.int32(0))
     add = _compile(one, *arguments, images=3, donate=0, devices=devices)
@@ -75,11 +78,11 @@ def _compile_in_parts(
     parallel.release()
 
     def run(state, images, key):
-        total = zeros()._replace(statistics=state.statistics)
+        total = begin(state.statistics)
         for part in range(parts):
             mine = parallel.placed(devices, images[part::parts])  # of each device the same number
             total = add(total, state.params, state.step, mine, key, np.int32(part))
-        return apply(state._replace(statistics=total.statistics), total)
+        return apply(state, total)
 
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
     return TrainStep(run, max(_memory(add) + kept, _memory(apply)))

@@ -11,6 +11,7 @@ from vaejax.models import autoencoder
 
 class TrainState(NamedTuple):
     step: Int[Array, ""]  # updates made so far
+    skipped: Int[Array, ""]  # of the last ones, how many in a row were not applied
     params: PyTree
     statistics: PyTree  # batch norm's moving mean and variance
     opt_state: PyTree
@@ -21,4 +22,5 @@ def init(
 ) -> TrainState:
     """The state before the first update."""
     params, statistics = autoencoder.init(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, skipped, params, statistics, optimizer.init(params))

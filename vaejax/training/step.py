@@ -100,13 +100,27 @@ def add_gradient(
 def update(
     state: TrainState, found: Gradient, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Figures]:
-    """The state after a step along the gradient."""
+    """The state after a step along the gradient.
+
+    One that is no number, or that comes of a loss which is none, is not applied: only the number of
+    the step goes on, and with it the batch and its noise. The figures count them, as "skipped". It
+    is for the optimizer to make no step and to stay as it is where `length` is not finite: ours
+    does it in place, a choice between old and new ones here would keep both in memory.
+    """
     length = norm(found.gradients)
+    finite = jnp.isfinite(length) & jnp.isfinite(found.figures["loss"])
     learn = optax.with_extra_args_support(optimizer)
-    updates, opt_state = learn.update(found.gradients, state.opt_state, state.params, length=length)
+    updates, opt_state = learn.update(
+        found.gradients,
+        state.opt_state,
+        state.params,
+        length=jnp.where(finite, length, jnp.nan),
+    )
     params = optax.apply_updates(state.params, updates)
-    figures = {**found.figures, "gradient_norm": length}
-    return TrainState(state.step + 1, params, found.statistics, opt_state), figures
+    statistics = jax.tree.map(partial(jnp.where, finite), found.statistics, state.statistics)
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    figures = {**found.figures, "gradient_norm": length, "skipped": 1.0 * skipped}
+    return TrainState(state.step + 1, skipped, params, statistics, opt_state), figures
 
 
 def eval_step(
