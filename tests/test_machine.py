@@ -15,6 +15,13 @@ from vaejax.training import run
 from vaejax.training.config import Recipe
 
 SMALL = VAE(size=16, latent_dim=4, width=1)
+STATE = {
+    "status": "running",
+    "started": "2026-01-02T03:00:00",
+    "changed": "2026-01-02T03:04:05",
+    "command": "python tiny.py",
+    "devices": "1 × cpu",
+}
 
 
 @pytest.fixture
@@ -23,13 +30,30 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "00003-tiny"
     folder.mkdir(parents=True)
-    config = {"model": describe(SMALL), "schedule": {"updates": 10, "updates_per_epoch": 5}}
+    schedule = {"recipe": "quick", "source": "", "prepared": "", "images": 40}
+    config = {
+        "experiment": "tiny",
+        "model": describe(SMALL),
+        "loss": {"kind": "report"},
+        "optimizer": {},
+        "batch_size": 8,
+        "seed": 0,
+        "data": {},
+        "schedule": schedule | {"updates": 10, "updates_per_epoch": 5},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "run.json").write_text('{"status": "running", "changed": "2026-01-02T03:04:05"}')
+    (folder / "run.json").write_text(json.dumps(STATE))
     lines = [
-        {"step": 0, "split": "train", "mse": 0.5},
-        {"step": 5, "split": "validation", "mse": 0.25, "kl": 0.125, "bits_per_dim": 7.5},
-        {"step": 6, "split": "train", "mse": 0.2},
+        {"step": 0, "epoch": 1, "split": "train", "mse": 0.5},
+        {
+            "step": 5,
+            "epoch": 1,
+            "split": "validation",
+            "mse": 0.25,
+            "kl": 0.125,
+            "bits_per_dim": 7.5,
+        },
+        {"step": 6, "epoch": 2, "split": "train", "mse": 0.2},
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 7, "sp')
     return folder
@@ -54,7 +78,7 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(begun: Path
 
 @pytest.mark.parametrize("status", ["finished", "diverged", "stopped"])
 def test_a_run_that_ended_is_told_as_it_ended(status: str, begun: Path):
-    (begun / "run.json").write_text(json.dumps({"status": status}))
+    (begun / "run.json").write_text(json.dumps({**STATE, "status": status}))
     assert f" {status} " in machine.runs()
 
 

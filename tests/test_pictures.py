@@ -101,8 +101,8 @@ def test_a_film_of_one_picture_is_a_film(tmp_path: Path):
 )
 def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path, figures: str, panels: tuple):
     metrics = tmp_path / "metrics.jsonl"
-    lines = [f'{{"step": {i}, "split": "train", {figures}}}' for i in range(5)]
-    lines.append(f'{{"step": 5, "split": "validation", {figures}}}')
+    lines = [f'{{"step": {i}, "epoch": 1, "split": "train", {figures}}}' for i in range(5)]
+    lines.append(f'{{"step": 5, "epoch": 1, "split": "validation", {figures}}}')
     metrics.write_text("\n".join(lines) + "\n")
     pictures.curves(metrics, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:

@@ -23,3 +23,15 @@ class DivergedError(VaejaxError):
     """The loss stopped being finite."""
 
     exit_code = 4
+
+
+class StorageError(VaejaxError):
+    """The disk did not take what a run had to write, until its end."""
+
+    exit_code = 5
+
+
+class MemoryLowError(VaejaxError):
+    """Too little memory was left: the run saved itself, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h

@@ -4,11 +4,8 @@ Images are uint8 `[n h w c]`. Files are written whole or not at all, and no pict
 is kept in memory for the next.
 """
 
-import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -17,20 +14,11 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vaejax import log
+from vaejax.files import whole
+
 Images = UInt8[np.ndarray, "n h w c"]
 Picture = UInt8[np.ndarray, "H W c"]
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")  # the ending tells libraries the format
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def grid(images: Images, *, columns: int, gap: int = 2, background: int = 255) -> Picture:
@@ -71,6 +59,9 @@ def film(
     Of more than `most` pictures, evenly spaced ones are shown, first and last always. The GIF,
     whose frames Pillow holds until all are there, has at most 512 pixels a side: 50 MB of memory.
     """
+    frames = [frame for frame in frames if frame.exists()]  # a full disk may have taken one
+    if not frames:
+        return
     if len(frames) > most:
         frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, most)]
     rate = min(max(len(frames) / seconds, 2), 25)  # frames a second
@@ -114,9 +105,8 @@ def curves(metrics: Path, path: Path) -> None:
     Where the loss is the mse itself there is one panel for both.
     """
     lines: dict[str, list[dict]] = {"train": [], "validation": []}
-    with metrics.open() as file:
-        for line in map(json.loads, file):
-            lines[line["split"]].append(line)
+    for _, line in log.lines(metrics):
+        lines[line["split"]].append(line)
     panels = [
         ("loss", "loss", "log"),
         ("mse", "mse (mean squared error)", "log"),
@@ -125,8 +115,10 @@ def curves(metrics: Path, path: Path) -> None:
     ]
     every = [line for split in lines.values() for line in split]
     panels = [p for p in panels if any(p[0] in line for line in every)]
-    if all(line["loss"] == line.get("mse") for line in every):
+    if all(line.get("loss") == line.get("mse") for line in every):
         panels = [p for p in panels if p[0] != "loss"]
+    if not panels:
+        return
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
     figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained", dpi=120)
     places = figure.subplots(rows, columns, squeeze=False).flat

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from vaejax import objectives
@@ -60,14 +61,14 @@ def train(data: Path, out: Path | None, **flags: object) -> Path | None:
 
 
 def digest(folder: Path) -> str:
-    """Over everything that the newest checkpoint holds of the state, bit for bit."""
-    checkpoints = checkpoint.manager(folder / "checkpoints")
-    state = checkpoints.restore(
-        checkpoints.latest_step(),
-        args=checkpoint.ocp.args.Composite(state=checkpoint.ocp.args.StandardRestore()),
-    )["state"]
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    """Over everything that the newest checkpoint holds, as Orbax reads it, bit for bit."""
+    newest = checkpoint.path(folder, checkpoint.steps(folder)[-1])
+    names = ocp.CheckpointManagerOptions(step_format_fixed_length=7)
+    with ocp.CheckpointManager(folder / "checkpoints", options=names) as checkpoints:
+        arguments = {"state": ocp.args.StandardRestore(), "data": ocp.args.JsonRestore()}
+        restored = checkpoints.restore(int(newest.name), args=ocp.args.Composite(**arguments))
+    total = hashlib.sha256(json.dumps(restored["data"]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"]):
         total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return total.hexdigest()
 

@@ -21,9 +21,9 @@ from vaejax.models.vae import VAE
 from vaejax.training import checkpoint, parallel, programs, run
 from vaejax.training.config import Recipe
 from vaejax.training.fit import refuse_uneven
-from vaejax.training.learn import validate
 from vaejax.training.state import TrainState, init
 from vaejax.training.step import train_step
+from vaejax.training.validation import validate
 
 # whose parameters show the gradients, the size of which Adam would hide
 OPTIMIZER = optax.sgd(0.01)

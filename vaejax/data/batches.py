@@ -39,6 +39,8 @@ class Images:
         self._ends = list(itertools.accumulate(file.take for file in self._files))
         # the texts, which nobody asks for here, would take longer than the pixels
         self._features: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
+        texts = {name: info.features[name] for name in ("path", "sha256")}
+        self._texts: Any = tfds.features.FeaturesDict(texts)
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -53,12 +55,19 @@ class Images:
     def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
         return np.stack([self._image(int(i)) for i in indices])
 
+    def texts(self, index: int) -> dict[str, str]:
+        """Where an image came from: the "path" and the "sha256" of its file."""
+        found = self._texts.deserialize_example_np(self._record(index))
+        return {name: value.decode() for name, value in found.items()}
+
     def _image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        return self._features.deserialize_example_np(self._record(index))["image"]
+
+    def _record(self, index: int) -> bytes:
         number = bisect.bisect_right(self._ends, index)
         file = self._files[number]
         place = index - self._ends[number] + file.take + file.skip
-        record = self._reader(number).read(place, place + 1)[0]
-        return self._features.deserialize_example_np(record)["image"]
+        return self._reader(number).read(place, place + 1)[0]
 
     def _reader(self, number: int) -> ArrayRecordReader:
         """Of a file, opened when it is first needed, by one thread: it has the file's index."""
@@ -97,11 +106,20 @@ def stream(
     Every pass has its own order. The iterator's position is saved with `get_state` and restored
     with `set_state` (or by Orbax); it counts batches handed out, not those read ahead.
     """
-    steps = steps_per_epoch(len(images), batch_size)
     rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
-    order = grain.MapDataset.range(len(images)).seed(seed).shuffle()
-    batches = order[: steps * batch_size].repeat().batch(batch_size)
-    mine = batches.map(lambda indices: indices[rows])
+    mine = _order(len(images), batch_size, seed).map(lambda indices: indices[rows])
     found = mine.map(images.read) if read else mine
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(found.to_iter_dataset(options))
+
+
+def drawn(images: Images, number: int, *, batch_size: int, seed: int) -> list[int]:
+    """Which images the batch of this number holds, from 0."""
+    return np.asarray(_order(len(images), batch_size, seed)[number]).tolist()
+
+
+def _order(images: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """The indices of every batch, without end; by its number any of them can be had."""
+    steps = steps_per_epoch(images, batch_size)
+    order = grain.MapDataset.range(images).seed(seed).shuffle()
+    return order[: steps * batch_size].repeat().batch(batch_size)

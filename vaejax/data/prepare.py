@@ -30,6 +30,7 @@ from vaejax.data.splits import INTERVALS, persons, splits
 from vaejax.data.whole import appearing
 from vaejax.data.workers import Threads, workers
 from vaejax.errors import UserError
+from vaejax.files import whole
 
 if TYPE_CHECKING:
     from vaejax.data.beam import Beam
@@ -288,6 +289,5 @@ def _refusals_file(job: _Job) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from vaejax import pictures
 from vaejax.data.faces import Box, choose, scaled, square
 from vaejax.data.sources import printable
 from vaejax.errors import UserError
+from vaejax.files import whole
 
 NAME = "faces_sheet.png"
 
@@ -131,7 +132,7 @@ def copy(folder: Path, path: Path | None) -> None:
     if path is None:
         return
     try:
-        with pictures.whole(path) as partial:
+        with whole(path) as partial:
             shutil.copyfile(folder / NAME, partial)
     except OSError as error:
         raise UserError(f"cannot write {printable(path)}: {error.strerror}.") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vaejax.data.sources import printable
 from vaejax.errors import UserError
+from vaejax.files import flush
 
 _PREFIX = ".vaejax-partial-"
 
@@ -79,9 +80,7 @@ def _flush(folder: Path) -> None:
     """All on the disk before the name is: a power cut must not leave a whole name on half."""
     for where, _, names in os.walk(folder):
         for path in [where, *(os.path.join(where, name) for name in names)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush(path)
 
 
 def _rename(partial: Path, folder: Path) -> None:

@@ -1,78 +1,234 @@
-"""Checkpoints of the state and the position in the data, together. The only user of Orbax."""
+"""Checkpoints of the state and the position in the data, together. The only user of Orbax.
 
+A checkpoint is written under another name, its manifest last, put onto the disk and then renamed:
+what stands under a number was whole. It is compared with its manifest before it is believed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from vaejax.errors import CheckpointError
+from vaejax.files import PARTIAL, flush
 from vaejax.models import autoencoder
+from vaejax.training import manifest, parallel, run
+from vaejax.training.identity import differences, identity
 from vaejax.training.state import TrainState
 
+FOLDER = "checkpoints"
+DAMAGED = "damaged"  # the folder beside the checkpoints where what is set aside lies
+FORMAT = "vaejax checkpoint 1"
 
-def manager(folder: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints in `folder`, of which the newest `keep` stay; without it, to read from.
 
-    Saving is synchronous: the step donates its state, and a copy in the background of a buffer
-    that the next step writes over would not be the state it is said to be.
-    """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        enable_async_checkpointing=False,
-        step_format_fixed_length=7,
-        # What a kill in the middle of a save has left. A reader must not: it may be what the run,
-        # which is alive, is writing at the moment.
-        cleanup_tmp_directories=keep is not None,
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def path(folder: Path, step: int) -> Path:
+    """Where a run has its checkpoint of so many updates."""
+    return folder / FOLDER / f"{step:07}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The updates after which a run has a checkpoint, be it damaged; oldest first."""
+    names = os.listdir(folder / FOLDER) if (folder / FOLDER).is_dir() else []
+    numbers = (int(name) for name in names if re.fullmatch(r"[0-9]{7,}", name))
+    return sorted(step for step in numbers if path(folder, step).name in names)
+
+
+def digest(state: TrainState, position: Mapping[str, Any]) -> str:
+    """SHA-256 over all of a state, bit for bit, and the position in the data."""
+    total = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
+    for where, leaf in jax.tree_util.tree_leaves_with_path(parallel.here(state)):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(where)} {array.dtype} {array.shape}".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+# Writing ------------------------------------------------------------------------------------------
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, state: TrainState, batches: grain.DatasetIterator
+    folder: Path,
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    *,
+    settings: Mapping[str, Any],
+    keep: int,
 ) -> None:
-    """Write the state and the position; a kill in between leaves no step that looks whole."""
-    step = int(state.step)
-    if step not in checkpoints.all_steps():
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(batches.get_state())
+    """Write the state and the position of a run; when they are on the disk, only the newest `keep`
+    stay. A kill in between leaves nothing that looks whole.
+
+    It waits until all is written: the step donates its state, and a copy in the background of a
+    buffer that the next step writes over would not be the state it is said to be.
+
+    Raises OSError where the disk does not take it; the older ones are all there then.
+    """
+    step, position = int(state.step), dict(batches.get_state())
+    final = path(folder, step)
+    if not parallel.agreed(final.exists):
+        unfinished = final.with_name(f"{PARTIAL}{final.name}")
+        try:
+            with _quiet():
+                _orbax().save(
+                    unfinished.absolute(),
+                    ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)
+                    ),
+                    force=True,
+                )
+            if parallel.is_first():
+                facts = {
+                    "format": FORMAT,
+                    "step": step,
+                    "state": digest(state, position),
+                    "settings": identity(settings),
+                    "versions": run.versions(),
+                }
+                manifest.write(unfinished, facts)
+                os.rename(unfinished, final)
+                flush(final.parent)
+        except Exception as error:  # Orbax has many for a disk that is full
+            if parallel.is_first():
+                clear(folder)
+            raise _as_os_error(error) from error
+        parallel.agreed(lambda: None)  # none goes on before it is there
+    if parallel.is_first():
+        for old in steps(folder)[:-keep]:
+            gone = path(folder, old).with_name(f"{PARTIAL}{old:07}")
+            os.rename(path(folder, old), gone)  # so that a kill leaves no half of it
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Take away what a kill in the middle of a save has left."""
+    for left in (folder / FOLDER).glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """Of TensorStore's words only the system's number says what the matter is."""
+    if isinstance(error, OSError) and error.strerror:
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    return OSError(0, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax' traceback for every file that cannot be written; what is raised is told."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def newest(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> dict[str, Any] | None:
+    """The facts of a run's newest whole checkpoint; damaged ones are set aside, with a warning.
+
+    None where there is none yet. Raises CheckpointError where there was one (`begun` says that the
+    run remembers one) and none is whole, and where it is one of other settings.
+    """
+    wrong = []
+    for step in reversed(steps(folder)):
+        try:
+            facts = _checked(folder, step)
+        except manifest.Damaged as damage:
+            wrong.append(f"{path(folder, step).name}: {damage}")
+            print(
+                f"warning: the checkpoint of update {step:,} is damaged: {damage}. It was set "
+                f"aside: {_set_aside(folder, step)}",
+                file=sys.stderr,
+            )
+            continue
+        if fields := differences(facts["settings"], identity(settings)):
+            raise CheckpointError(
+                f"{path(folder, step)} is of another run: {'; '.join(fields)} (there → here). "
+                "Take it away, or start anew with --fresh, which keeps the folder"
+            )
+        if wrong:
+            print(f"going on from update {step:,}, whose checkpoint is whole", file=sys.stderr)
+        return facts
+    aside = folder / FOLDER / DAMAGED
+    if wrong or begun or aside.is_dir():
+        lost = f" ({'; '.join(wrong)})" if wrong else ""
+        raise CheckpointError(
+            f"no checkpoint in {folder / FOLDER} can be used{lost}: "
+            + (f"what was damaged lies in {aside}. " if aside.is_dir() else "they are gone. ")
+            + "--fresh starts anew and keeps this folder under another name"
         )
-        checkpoints.save(step, args=arguments)
+    return None
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager,
+    folder: Path,
+    facts: Mapping[str, Any],
     like: TrainState,
     batches: grain.DatasetIterator,
     *,
     sharding: Sharding,
-) -> TrainState | None:
-    """The newest state, laid out as asked for, wherever it came from, and `batches` set to its
-    position; None where there is no checkpoint."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
+) -> TrainState:
+    """The state of the checkpoint of these facts, laid out as asked for, wherever it came from, and
+    `batches` set to its position. Raises CheckpointError if it is not what was saved."""
+    place = path(folder, facts["step"])
     arguments = ocp.args.Composite(
         state=ocp.args.StandardRestore(_shapes(like, sharding)), data=ocp.args.JsonRestore()
     )
-    restored = checkpoints.restore(step, args=arguments)
+    restored = _restored(place, arguments)
+    if digest(restored["state"], restored["data"]) != facts["state"]:
+        raise CheckpointError(f"{place} is read as another state than the one that was saved")
     batches.set_state(restored["data"])
     return restored["state"]
 
 
-def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
-    """The newest parameters and statistics of a run, without the optimiser's share.
+def weights(folder: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
+    """The newest whole parameters and statistics of a run, without the optimiser's share.
 
-    Raises CheckpointError where there is none yet.
+    Raises CheckpointError where there are none yet, or all are damaged or of another model.
     """
-    folder = run / "checkpoints"
-    checkpoints = manager(folder) if folder.is_dir() else None
-    step = checkpoints.latest_step() if checkpoints else None
-    if checkpoints is None or step is None:
-        raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
+    wrong = []
+    for step in reversed(steps(folder)):
+        try:
+            facts = _checked(folder, step)
+        except manifest.Damaged as damage:
+            wrong.append(f"{path(folder, step)} is damaged: {damage}")
+            continue
+        if wrong:
+            print(f"warning: {wrong[0]}; taking that of update {step:,}", file=sys.stderr)
+        here = {"model": autoencoder.describe(model)}
+        if fields := differences({"model": facts["settings"].get("model")}, here):
+            raise CheckpointError(
+                f"{path(folder, step)} is of another model than {folder / 'config.json'} says: "
+                f"{'; '.join(fields)} (there → in config.json)"
+            )
+        return _weights(path(folder, step), model)
+    if wrong:
+        raise CheckpointError(f"no checkpoint of {folder} can be used: {'; '.join(wrong)}")
+    raise CheckpointError(f"{folder} has no checkpoint yet: let it train for a while")
+
+
+def _weights(place: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
     params, statistics = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
     here = SingleDeviceSharding(jax.devices()[0])
     item = _shapes({"params": params, "statistics": statistics}, here)
@@ -81,8 +237,39 @@ def weights(run: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    restored = checkpoints.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    restored = _restored(place, ocp.args.Composite(state=arguments))["state"]
     return restored["params"], restored["statistics"]
+
+
+def _checked(folder: Path, step: int) -> dict[str, Any]:
+    facts = manifest.check(path(folder, step))
+    if facts.get("format") != FORMAT or facts.get("step") != step:
+        raise manifest.Damaged(
+            f"{manifest.NAME} is of a {facts.get('format')} of update {facts.get('step')}"
+        )
+    return facts
+
+
+def _set_aside(folder: Path, step: int) -> Path:
+    aside = folder / FOLDER / DAMAGED
+    aside.mkdir(exist_ok=True)
+    names = (f"{step:07}{end}" for end in ("", *(f".{n}" for n in range(1, 10**6))))
+    free = next(place for name in names if not (place := aside / name).exists())
+    os.rename(path(folder, step), free)
+    return free
+
+
+def _restored(place: Path, arguments: Any) -> Any:
+    try:
+        with _quiet():
+            return _orbax().restore(place.absolute(), arguments)
+    except Exception as error:  # it has many, and the files are those that were written
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"{place} cannot be read by this Orbax: {reason}") from error
+
+
+def _orbax() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _shapes(tree: PyTree, sharding: Sharding) -> PyTree:

@@ -45,6 +45,10 @@ class Config:
     checkpoint_steps: int = 500  # updates between two checkpoints
     checkpoint_minutes: float = 5.0  # minutes after which a checkpoint is written anyway
     keep: int = 3  # checkpoints that are kept
+    max_ram: float | None = (
+        None  # GiB: a run that holds more saves itself and ends (none: no limit)
+    )
+    accept_changed_data: bool = False  # go on although the images are no longer those of the start
     fresh: bool = False  # start anew; an old folder is kept under another name
     dry_run: bool = False  # print the plan and write nothing
     allow_refused: bool = False  # go on although more than 5 % of the files are no usable image
@@ -80,7 +84,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("latent_dim", "width"), COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
     **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
-    **dict.fromkeys(("learning_rate", "checkpoint_minutes"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram"), POSITIVE),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
 }
 

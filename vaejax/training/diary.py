@@ -3,17 +3,23 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from vaejax.data.batches import Images
 from vaejax.log import Metrics, Progress
 from vaejax.training import page, parallel, run
 from vaejax.training.album import Album
 from vaejax.training.config import Recipe
+from vaejax.training.disk import Disk
 from vaejax.training.plan import Schedule
 from vaejax.training.state import TrainState
 
 
 class Diary:
-    """The figures, the pictures, the page and the line on the terminal, each when it is due."""
+    """The figures, the pictures, the page and the line on the terminal, each when it is due.
+
+    A full disk ends none of it but the checkpoint that needs the figures on the disk.
+    """
 
     def __init__(
         self,
@@ -23,6 +29,7 @@ class Diary:
         held_out: Images,
         *,
         devices: parallel.Devices,
+        disk: Disk,
         done: int,
     ):
         self._folder, self._plan, self._devices = folder, plan, devices
@@ -31,7 +38,11 @@ class Diary:
         self._progress = Progress(
             updates=plan.updates, epochs=plan.epochs, batch_size=recipe.batch_size, done=done
         )
-        self._metrics = Metrics(folder, step=done)
+        # of a run that is extended in the middle of an epoch, that one is validated at its end only
+        validated = done % plan.per_epoch == 0 or done == plan.updates
+        self._metrics = Metrics(folder, step=done, validated=validated)
+        self._disk = disk
+        disk.say = self._progress.say
         page.write(folder)
 
     def __enter__(self) -> "Diary":
@@ -41,44 +52,63 @@ class Diary:
         self._metrics.close()
 
     def epoch_begins(self, state: TrainState, epoch: int) -> None:
-        self._album.begin(parallel.here(state), epoch)
+        with self._disk.tries("a picture"):
+            self._album.begin(parallel.here(state), epoch)
 
     def learned(self, figures: Mapping[str, float], *, step: int, epoch: int) -> None:
-        """After update `step`, which counts from 0."""
+        """After update `step`, which counts from 0; what is no number is left out."""
         speed = {"images_per_second": self._progress.images_per_second(step + 1)}
         line = {**figures, **speed}
-        self._metrics.write(step=step, epoch=epoch, split="train", figures=line)
+        numbers = {name: value for name, value in line.items() if np.isfinite(value)}
+        with self._disk.tries("a line of figures"):
+            self._metrics.write(step=step, epoch=epoch, split="train", figures=numbers)
         self._progress.show(step + 1, epoch, line, device_memory=parallel.memory_in_use())
 
     def epoch_ends(
         self, state: TrainState, figures: Mapping[str, float], *, step: int, epoch: int
     ) -> None:
         """With the figures of the held-out images, after `step` updates."""
-        self._album.end(parallel.here(state), epoch)
-        self._metrics.write(step=step, epoch=epoch, split="validation", figures=figures)
+        with self._disk.tries("a picture"):
+            self._album.end(parallel.here(state), epoch)
+        with self._disk.tries("a line of figures"):
+            self._metrics.write(step=step, epoch=epoch, split="validation", figures=figures)
         self._progress.say(page.epoch_line(epoch, self._plan.epochs, figures))
-        page.write(self._folder)
+        with self._disk.tries("the run's page"):
+            page.write(self._folder)
 
     def before_a_checkpoint(self) -> None:
+        """All figures onto the disk; OSError where they cannot be had there."""
         self._metrics.sync()
 
-    def after_a_checkpoint(self) -> None:
-        self._album.curves()
+    def after_a_checkpoint(self, step: int) -> None:
+        with self._disk.tries("the run's state"):
+            run.record(self._folder, "running", devices=str(self._devices), saved=step)
+        with self._disk.tries("a picture"):
+            self._album.curves()
 
-    def stopped(self, step: int) -> None:
+    def stopped(self, step: int, *, saved: bool) -> None:
         self._end("stopped")
-        self._progress.say(f"stopped after update {step:,}, saved: the same command goes on there")
+        if saved:
+            text = f"stopped after update {step:,}, saved: the same command goes on there"
+            self._progress.say(text)
 
     def diverged(self) -> None:
         self._end("diverged")
 
     def finished(self, state: TrainState) -> None:
-        self._album.curves()
-        self._album.faces(parallel.here(state))
-        self._album.film()
+        """The pictures of the end. What could not be written is tried again by the same command:
+        the run counts as stopped until then."""
+        with self._disk.tries("a picture of the end"):
+            self._album.curves()
+            self._album.faces(parallel.here(state))
+            self._album.film()
+        if self._disk.failing:
+            self._end("stopped")
+            return
         self._end("finished")
         self._progress.say(page.what_next(self._folder))
 
     def _end(self, status: str) -> None:
-        run.record(self._folder, status, devices=str(self._devices))
-        page.write(self._folder)
+        with self._disk.tries("the run's page"):
+            run.record(self._folder, status, devices=str(self._devices))
+            page.write(self._folder)

@@ -13,10 +13,11 @@ from vaejax.data.prepare import look, prepare
 from vaejax.data.records import read_report
 from vaejax.errors import UserError
 from vaejax.models import autoencoder
-from vaejax.training import parallel, run
+from vaejax.training import identity, parallel, run
 from vaejax.training.config import Config, Recipe, describe_loss
 from vaejax.training.learn import learn
 from vaejax.training.plan import describe, forecast, schedule
+from vaejax.training.stop import Stop
 
 
 def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
@@ -95,14 +96,20 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     with ExitStack() as stack:
 
         def begin() -> str:
-            folder = run.choose(name, settings, out=config.out, fresh=config.fresh)
+            folder = identity.choose(
+                name,
+                settings,
+                out=config.out,
+                fresh=config.fresh,
+                accept_changed_data=config.accept_changed_data,
+            )
             stack.enter_context(run.locked(folder))
             if not (folder / "config.json").exists():
                 run.write(folder, "config.json", settings)
             return str(folder)
 
         folder = Path(parallel.agreed(begin))
-        stop = stack.enter_context(run.Stop().listening())
+        stop = stack.enter_context(Stop().listening())
         learn(folder, settings, config, recipe, plan, loss=loss, devices=devices, stop=stop)
     if parallel.agreed(lambda: run.status(folder)) == "stopped" and stop.signal is not None:
         sys.exit(128 + stop.signal)

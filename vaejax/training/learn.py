@@ -1,27 +1,32 @@
 """The loop: a `for`, with periodic things as `if`. A run that was stopped goes on where it was."""
 
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Key
 
 from vaejax.data import batches as data
-from vaejax.errors import DivergedError, UserError
+from vaejax.errors import DivergedError, StorageError, UserError
 from vaejax.log import duration
-from vaejax.objectives import Figures, Loss
-from vaejax.training import checkpoint, page, parallel, programs, run
+from vaejax.objectives import Loss
+from vaejax.training import checkpoint, memory, page, parallel, programs, run
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
-from vaejax.training.plan import Schedule, refuse_too_much
+from vaejax.training.disk import Disk
+from vaejax.training.divergence import Watch
+from vaejax.training.plan import Schedule
 from vaejax.training.resident import Resident, fits
 from vaejax.training.state import TrainState, init
+from vaejax.training.stop import Stop
+from vaejax.training.validation import validate
 
 
 def learn(
@@ -33,7 +38,7 @@ def learn(
     *,
     loss: Loss,
     devices: parallel.Devices,
-    stop: run.Stop,
+    stop: Stop,
 ) -> None:
     """Every update that is still to be made, with what is to be seen and saved in between."""
     everywhere = parallel.whole(devices)
@@ -56,9 +61,7 @@ def learn(
     begin = jax.jit(
         partial(init, model=recipe.model, optimizer=optimizer), out_shardings=everywhere
     )
-    checkpoints = checkpoint.manager(folder / "checkpoints", keep=config.keep)
-    like = jax.eval_shape(begin, init_key)
-    state = checkpoint.restore(checkpoints, like, batches, sharding=everywhere)
+    state = _found(folder, settings, jax.eval_shape(begin, init_key), batches, everywhere)
     if state is None:
         state = begin(init_key)
     start = int(state.step)
@@ -86,16 +89,32 @@ def learn(
         devices=devices,
         micro_batches=recipe.micro_batches,
     )
-    refuse_too_much(train_step.memory, recipe, devices)
+    held = programs.state_bytes(state)
+    print(memory.refuse_too_much(train_step.memory, held, recipe, devices))
     print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
     eval_step = programs.compile_eval_step(loss, devices=devices)
+    guard = memory.Guard(held, most=_bytes(config.max_ram))
+    disk = Disk()
     with ExitStack() as stack:
         diary = None
         if parallel.is_first():
-            run.write(folder, "config.json", settings)
-            diary = Diary(folder, recipe, plan, held_out, devices=devices, done=start)
+            try:
+                run.write(folder, "config.json", settings)
+                diary = Diary(
+                    folder, recipe, plan, held_out, devices=devices, disk=disk, done=start
+                )
+            except OSError as error:
+                raise StorageError(f"{folder} cannot be written: {error.strerror}") from None
             stack.enter_context(diary)
-        saved = time.monotonic()
+        watch = Watch(
+            folder,
+            per_epoch=plan.per_epoch,
+            advice=_advice(recipe),
+            sources=partial(_sources, images, recipe, config),
+            last_good=partial(_last, folder),
+            write=parallel.is_first(),
+        )
+        saved, programs_known = time.monotonic(), None
         try:
             for n in range(start, plan.updates):
                 epoch, done = n // plan.per_epoch + 1, n + 1
@@ -106,13 +125,14 @@ def learn(
                 if resident is not None:
                     batch = resident(batch)
                 state, figures = train_step.run(state, batch, train_key)
+                watch.see(n, figures)
 
                 if n % config.log_steps == 0:
-                    line = finite(figures, folder, recipe, step=n)
+                    line = {name: float(value) for name, value in figures.items()}
                     if diary:
                         diary.learned(line, step=n, epoch=epoch)
                 if last or done % plan.per_epoch == 0:
-                    finite(figures, folder, recipe, step=n)
+                    watch.catch_up()
                     line = validate(
                         eval_step,
                         state,
@@ -121,71 +141,138 @@ def learn(
                         recipe.micro_batch or recipe.batch_size,
                         devices=devices,
                     )
-                    finite(line, folder, recipe, step=done)
+                    watch.held_out(line, step=done)
                     if diary:
                         diary.epoch_ends(state, line, step=done, epoch=epoch)
+                    programs_known = _say_compiled(programs_known)
                 late = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                asked = stop.signal is not None
+                asked, full = stop.signal is not None, guard.full()
                 if not parallel.alone():  # which stop and save at the same update
                     meet = n % config.log_steps == 0
-                    asked, late = parallel.any_process(asked, late) if meet else (False, False)
-                if last or asked or late or done % config.checkpoint_steps == 0:
-                    finite(figures, folder, recipe, step=n)
-                    if diary:
-                        diary.before_a_checkpoint()
-                    checkpoint.save(checkpoints, state, batches)
-                    parallel.release()
-                    if diary:
-                        diary.after_a_checkpoint()
+                    asked, late, any_full = (
+                        parallel.any_process(asked, late, bool(full)) if meet else (False,) * 3
+                    )
+                    full = (full or "another process is short of memory") if any_full else ""
+                ends = last or asked or bool(full)
+                # what was not applied has changed nothing since the last checkpoint that was due
+                if ((late or done % config.checkpoint_steps == 0) and watch.catch_up()) or ends:
+                    watch.catch_up()
+                    _save(folder, state, batches, settings, config, disk, diary)
                     saved = time.monotonic()
-                if asked and not last:
-                    stop.signal = stop.signal or signal.SIGTERM
+                if ends and not last:
+                    if asked:
+                        stop.signal = stop.signal or signal.SIGTERM
                     if diary:
-                        diary.stopped(done)
+                        diary.stopped(done, saved=not disk.failing)
+                    _refuse_unsaved(folder, disk)
+                    if full:
+                        raise guard.stopped(full, recipe=recipe)
                     return
         except DivergedError:
             if diary:
                 diary.diverged()
             raise
+        except jax.errors.JaxRuntimeError as error:
+            told = memory.out_of_memory(error, train_step.memory, held, recipe, devices)
+            if told is None:
+                raise
+            raise told from None
         if diary:
             diary.finished(state)
+        _refuse_unsaved(folder, disk)
 
 
-def validate(
-    eval_step: Callable[..., Figures],
+def _found(
+    folder: Path,
+    settings: Mapping[str, Any],
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    sharding: jax.sharding.Sharding,
+) -> TrainState | None:
+    """The state of the newest whole checkpoint, if there is one yet."""
+
+    def newest() -> dict[str, Any] | None:
+        checkpoint.clear(folder)
+        recorded = (folder / "run.json").exists() and "saved" in run.read(folder, "run.json")
+        return checkpoint.newest(folder, settings, begun=recorded)
+
+    facts = parallel.agreed(newest)
+    if facts is None:
+        return None
+    then, now = facts["versions"], run.versions()
+    if other := [
+        f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]
+    ]:
+        print(
+            f"warning: saved with other versions ({', '.join(other)}): the end may differ in its "
+            "last bits from that of a run that nothing interrupted",
+            file=sys.stderr,
+        )
+    return checkpoint.restore(folder, facts, like, batches, sharding=sharding)
+
+
+def _save(
+    folder: Path,
     state: TrainState,
-    held_out: data.Images,
-    key: Key[Array, ""],
-    batch_size: int,
-    *,
-    devices: parallel.Devices,
-) -> dict[str, float]:
-    """The figures of all held-out images: means over the images, with the same noise each time.
-
-    Those in nats have the variance of their batch, and depend a little on its size.
-    """
-    began = time.monotonic()
-    sums: dict[str, float] = {}
-    for first in range(0, len(held_out), batch_size):
-        indices = np.arange(first, min(first + batch_size, len(held_out)))
-        mine = held_out.read(indices[parallel.rows(devices, len(indices))])
-        figures = eval_step(state, mine, key, first, batch=len(indices))
-        for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
-    means = {name: value / len(held_out) for name, value in sums.items()}
-    return means | {"images_per_second": len(held_out) / (time.monotonic() - began)}
+    batches: grain.DatasetIterator,
+    settings: Mapping[str, Any],
+    config: Config,
+    disk: Disk,
+    diary: Diary | None,
+) -> None:
+    """Write a checkpoint, or say that it could not be written."""
+    with disk.tries(CHECKPOINT):
+        if diary:
+            diary.before_a_checkpoint()
+        checkpoint.save(folder, state, batches, settings=settings, keep=config.keep)
+    parallel.release()
+    if diary and CHECKPOINT not in disk.failing:
+        diary.after_a_checkpoint(int(state.step))
 
 
-def finite(
-    figures: Mapping[str, Any], folder: Path, recipe: Recipe, *, step: int
-) -> dict[str, float]:
-    """The figures as numbers; one that is none ends the run before the state is saved."""
-    values = {name: float(value) for name, value in figures.items()}
-    for name, value in values.items():
-        if not np.isfinite(value):
-            raise DivergedError(
-                f"the {name.replace('_', ' ')} is {value} at step {step:,}. What checkpoints there "
-                f"are in {folder / 'checkpoints'} are from before. Try a smaller --learning-rate"
-                + (" or --norm batch" if getattr(recipe.model, "norm", "") == "frozen" else "")
-            )
-    return values
+CHECKPOINT = "a checkpoint"
+
+
+def _refuse_unsaved(folder: Path, disk: Disk) -> None:
+    """StorageError for a run at whose end the disk still did not take something."""
+    if disk.failing:
+        what = "; ".join(f"{name} ({reason})" for name, reason in disk.failing.items())
+        last = _last(folder)
+        kept = f"The last checkpoint is {last}" if last else "There is no checkpoint"
+        raise StorageError(
+            f"not everything could be written to {folder}: {what}. {kept}; make room, and the same "
+            "command goes on from there"
+        )
+
+
+def _last(folder: Path) -> Path | None:
+    steps = checkpoint.steps(folder)
+    return checkpoint.path(folder, steps[-1]) if steps else None
+
+
+def _sources(images: data.Images, recipe: Recipe, config: Config, update: int) -> list[str]:
+    """The paths of the images of an update."""
+    drawn = data.drawn(images, update, batch_size=recipe.batch_size, seed=config.seed)
+    return [images.texts(index)["path"] for index in drawn]
+
+
+def _say_compiled(known: int | None) -> int:
+    """A warning where programs were compiled since this was last asked, after the first epoch."""
+    names = parallel.compiled()
+    if known is not None and len(names) > known:
+        print(
+            f"warning: {len(names) - known} programs were compiled after the first epoch "
+            f"({', '.join(sorted(set(names[known:])))}): each costs time and memory that stays; "
+            "shapes that change from batch to batch would be a reason",
+            file=sys.stderr,
+        )
+    return len(names)
+
+
+def _advice(recipe: Recipe) -> str:
+    frozen = getattr(recipe.model, "norm", "") == "frozen"
+    return "Try a smaller --learning-rate" + (" or --norm batch" if frozen else "")
+
+
+def _bytes(gibibytes: float | None) -> int | None:
+    return None if gibibytes is None else round(gibibytes * 2**30)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 
-from vaejax import pictures
+from vaejax.files import whole
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.training import run
@@ -80,7 +80,7 @@ def write(folder: Path) -> None:
         "and `tensorboard/` hold every figure.",
         "",
     ]
-    with pictures.whole(folder / "README.md") as partial:
+    with whole(folder / "README.md") as partial:
         partial.write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ the same way, so that they share checkpoints and pictures.
 """
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -199,6 +200,20 @@ def choose(count: int | None = None, how: Literal["jit", "pmap"] = "jit") -> Dev
 
 def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+@functools.cache
+def compiled() -> list[str]:
+    """A list that grows by one with every program that this process compiles from now on, or takes
+    from the cache."""
+    names: list[str] = []
+
+    def count(event: str, duration_secs: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about.get("fun_name", "?")))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    return names
 
 
 def memory_in_use() -> int | None:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import psutil
 
 from vaejax.data import batches
-from vaejax.errors import UserError
 from vaejax.log import duration, memory, size
+from vaejax.memory import limit
 from vaejax.models import autoencoder, summary
 from vaejax.training import parallel, programs
 from vaejax.training.config import Config, Recipe, build_adam, describe_loss
+from vaejax.training.memory import refuse_too_much
 from vaejax.training.state import init
 from vaejax.training.step import train_step
 
@@ -86,8 +86,8 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
         micro_batches=recipe.micro_batches,
     )
     compiling = time.monotonic() - began
-    refuse_too_much(step.memory, recipe, devices)
     checkpoint = programs.state_bytes(state)
+    refuse_too_much(step.memory, checkpoint, recipe, devices)
     seconds, finite = [], True
     for _ in range(3):
         began = time.monotonic()
@@ -97,26 +97,6 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
     memory = step.memory * (devices.count if parallel.on_cpu() else 1)
     # the first one also warms up
     return Measured(compiling, min(seconds[1:]), memory, checkpoint, finite)
-
-
-def refuse_too_much(needed: int, recipe: Recipe, devices: parallel.Devices) -> None:
-    """UserError for a step that needs more bytes on a device than there can ever be; a warning
-    where they are not free at the moment."""
-    machine = psutil.virtual_memory()
-    there, free = machine.total, machine.available
-    if parallel.on_cpu():  # whose devices share the machine's
-        needed *= len(devices.mesh.local_devices)
-    else:
-        there = free = parallel.memory_limit() or needed
-    images, count = recipe.micro_batch or recipe.batch_size, devices.count
-    text = f"a step of {images} images needs {size(needed)} of memory"
-    smaller = [n for n in range(count, images, count) if recipe.batch_size % n == 0]
-    if smaller:
-        text += f", --micro-batch {smaller[-1]} less of it"
-    if parallel.any_process(needed > there)[0]:
-        raise UserError(f"{text}: there are {size(there)}")
-    if needed > free:
-        print(f"warning: {text}: {size(free)} are free")
 
 
 def operations(recipe: Recipe) -> float:
@@ -144,7 +124,7 @@ def forecast(
     where = "host" if parallel.on_cpu() else "device" if devices.count == 1 else "each device"
     return (
         f"memory   {size(found.memory)} on the {where} for a step, {size(memory())} in this "
-        f"process, of {size(psutil.virtual_memory().total)}\n"
+        f"process, of {size(limit())}\n"
         f"disk     about {size(disk)}: {config.keep} checkpoints of {size(found.checkpoint)}, "
         f"one more while it is written, and the pictures; the images {size(pixels)} more\n"
         f"time     {duration(found.seconds * plan.updates)} on {devices}: {found.seconds:.3g} s an "

@@ -1,15 +1,10 @@
-"""A run is a folder: which one a command means, whose it is at the moment, what it says of itself.
-
-Whatever stands in `config.json` outside its "schedule" identifies a run: the same command finds
-its folder by it, and a folder that was made by another command refuses to go on.
-"""
+"""A run is a folder: what lies in it, whose it is at the moment, what it says of itself."""
 
 import fcntl
 import json
 import os
 import platform
 import shlex
-import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,40 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import vaejax
+from vaejax.data.sources import printable
 from vaejax.errors import UserError
+from vaejax.files import whole
+from vaejax.log import lines
 
 ROOT = Path("runs")
-
-
-def choose(name: str, settings: Mapping[str, Any], *, out: Path | None, fresh: bool) -> Path:
-    """The folder of the run that these settings describe; it need not exist yet.
-
-    Without `out`: the newest `runs/NNNNN-name` with the same identity, else the next number.
-    With it: that folder, unless another run lies there (UserError with the fields that differ).
-    `fresh` takes a new number, or moves the old folder aside.
-    """
-    if out is None:
-        mine = [] if fresh else [f for f in numbered(name) if not _differences(f, settings)]
-        return mine[-1] if mine else ROOT / f"{_next_number():05}-{name}"
-    refuse_running(out)
-    found = [f.name for f in out.iterdir()] if out.exists() else []
-    if "config.json" not in found:
-        # a kill in the first moment leaves the lock alone
-        if not all(n == "run.lock" or n.startswith(".partial-") for n in found):
-            raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
-    elif fresh:
-        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists())
-        try:
-            os.rename(out, aside)
-        except OSError as error:
-            raise UserError(f"{out} cannot be moved to {aside}: {error.strerror}") from None
-        print(f"{out} was kept as {aside}")
-    elif differences := _differences(out, settings):
-        raise UserError(
-            f"cannot go on with {out}: {'; '.join(differences)} (there → in this command). "
-            "Repeat the command it was made by, name another --out, or add --fresh"
-        )
-    return out
+# what the files of a run's folder must hold for the rest of the program to read them
+NEEDED: dict[str, dict[str, Any]] = {
+    "config.json": {
+        "experiment": str,
+        "model": {"kind": str, "size": int},
+        "loss": {"kind": str},
+        "optimizer": {},
+        "batch_size": int,
+        "seed": int,
+        "data": {},
+        "schedule": {
+            "recipe": str,
+            "source": str,
+            "prepared": str,
+            "images": int,
+            "updates": int,
+            "updates_per_epoch": int,
+        },
+    },
+    "run.json": {"status": str, "started": str, "changed": str, "command": str, "devices": str},
+}
 
 
 def numbered(name: str = "*") -> list[Path]:
@@ -83,27 +71,40 @@ def find(run: str) -> Path:
 
 
 def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """`config.json` or `run.json`; UserError where it is not there or not what was written."""
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{folder / name} does not hold an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{printable(folder / name)} cannot be read: {error}") from None
+    if problem := _problem(value, NEEDED[name]):
+        raise UserError(f"{printable(folder / name)} is damaged: {problem}")
     return value
 
 
+def _problem(value: Any, needed: Any, field: str = "it") -> str | None:
+    """Where a JSON value has not the form that is needed."""
+    if not isinstance(needed, dict):
+        if not isinstance(value, needed) or isinstance(value, bool):
+            return f"{field} is not of the kind {needed.__name__}"
+        return None if needed is str or 0 <= value < 2**53 else f"{field} is {value}"
+    if not isinstance(value, dict):
+        return f"{field} is not an object"
+    problems = (_problem(value.get(name), inner, f'"{name}"') for name, inner in needed.items())
+    return next((problem for problem in problems if problem), None)
+
+
 def write(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    partial = folder / f".partial-{name}"
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / name)
+    with whole(folder / name) as partial:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
-def record(folder: Path, state: str, *, devices: str) -> None:
-    """Write `run.json`: what a reader needs to know to believe the figures, and how it stands."""
+def record(folder: Path, state: str, *, devices: str, saved: int | None = None) -> None:
+    """Write `run.json`: what a reader needs to know to believe the figures, how it stands, and
+    after how many updates it has `saved` its last checkpoint, if it has one."""
     config = read(folder)
     old = read(folder, "run.json") if (folder / "run.json").exists() else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     value = {
         "status": state,
         "started": old.get("started", now),
@@ -114,13 +115,18 @@ def record(folder: Path, state: str, *, devices: str) -> None:
         "data": config["data"],
         "devices": devices,
         "host": socket.gethostname(),
-        "versions": {
-            "vaejax": vaejax.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
+        "versions": versions(),
     }
+    if (saved := old.get("saved") if saved is None else saved) is not None:
+        value["saved"] = saved
     write(folder, "run.json", value)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, reads and writes."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    ours = {"vaejax": vaejax.__version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in packages}
 
 
 def status(folder: Path) -> str:
@@ -138,16 +144,9 @@ def ends(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
     """The first and the last line of metrics.jsonl of each split."""
     first: dict[str, dict] = {}
     last: dict[str, dict] = {}
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        with metrics.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # cut off, by a kill or a full disk
-                first.setdefault(entry["split"], entry)
-                last[entry["split"]] = entry
+    for _, entry in lines(folder / "metrics.jsonl"):
+        first.setdefault(entry["split"], entry)
+        last[entry["split"]] = entry
     return first, last
 
 
@@ -205,53 +204,3 @@ def _is_locked(folder: Path) -> bool:
     except OSError:  # there is none, or it is not ours to read
         return False
     return False
-
-
-class Stop:
-    """Ctrl-C and SIGTERM ask for a stop between two steps; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        old = {s: signal.signal(s, self._asked) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _asked(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: finishing the step and saving …", file=sys.stderr)
-
-
-def _next_number() -> int:
-    return 1 + max((int(folder.name[:5]) for folder in numbered()), default=-1)
-
-
-def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The fields by which the run in `folder` is another one: "model.size 64 → 128"."""
-    try:
-        # what runs that were begun before there was a choice did
-        there, here = {"model.compute": "float32"} | _flat(read(folder)), _flat(settings)
-    except UserError as error:
-        return [str(error)]
-    return [
-        f"{key} {there.get(key)} → {here.get(key)}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if prefix or key != "schedule":
-            flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat
