@@ -3,10 +3,11 @@
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import tyro
 
@@ -35,11 +36,56 @@ def for_people() -> Iterator[None]:
         sys.exit(1)
 
 
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """A run does not end because nobody listens any more: a closed pipe, or a terminal that is
+    gone, is written to as if it were there; nor because a terminal lacks a letter."""
+    old = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old
+        signal.signal(signal.SIGHUP, hangup)
+
+
+class Unbroken(io.TextIOBase):
+    """A stream of which everything is lost that cannot be written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self._trying(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._trying(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _trying(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError:
+            # for what is still in the buffer, and for all that others write there
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                self._stream.flush()
+
+
 def experiment(main: Callable[[Flags], None], config: type[Flags], description: str | None) -> None:
     """Run an experiment's `main` on the flags of the command line."""
     from vaejax.training import parallel
 
-    with for_people():
+    with for_people(), unbroken():
         flags = parse(config, description=description)
         parallel.configure(keep=not flags.dry_run)
         parallel.join(flags.coordinator, flags.processes, flags.process_id)
