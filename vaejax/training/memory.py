@@ -8,7 +8,8 @@ from vaejax.log import size
 from vaejax.training import parallel
 from vaejax.training.config import Recipe
 
-SHARE = 32  # of all memory one part in so many stays free, besides what saving needs
+# What stays free besides a copy of the state: one part in so many, and so many bytes at least.
+SHARE, LEAST = 32, 128 << 20
 
 
 class Guard:
@@ -16,7 +17,7 @@ class Guard:
     bytes of RAM that a person wants it to hold, if there is such a limit."""
 
     def __init__(self, state: int, *, most: int | None):
-        self._needed = state + memory.limit() // SHARE
+        self._needed = state + max(memory.limit() // SHARE, LEAST)
         self._most = most
 
     def full(self) -> str:
@@ -70,7 +71,7 @@ def out_of_memory(
     hint = _hint(needed, state, needed * 3 // 4, recipe, devices)
     return VaejaxError(
         f"out of memory in a step of {images} images, which needs about {size(needed)}. {hint}. "
-        "The last checkpoint is as it was, and the same command goes on from there"
+        "Its checkpoints are as they were: with it, the same command goes on from the last"
     )
 
 
@@ -84,7 +85,7 @@ def _hint(needed: int, state: int, there: int, recipe: Recipe, devices: parallel
     fitting = [n for n in can if fixed + n * each <= there]
     if fitting:
         about = size(round(fixed + fitting[-1] * each))
-        return f"--micro-batch {fitting[-1]} would fit, with about {about}"
+        return f"--micro-batch {fitting[-1]} would do with about {about}"
     if can:
-        return f"Not even --micro-batch {can[0]} would fit: take a smaller --size"
+        return f"Not even --micro-batch {can[0]} would do: take a smaller --size"
     return "Take a smaller --size"
