@@ -15,7 +15,7 @@ def data(faces: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """A run that nothing interrupted, with checkpoints after 7, 14 and 18 updates."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    train(data, out)
+    train(data, out, checkpoint_steps=7)
     return out

@@ -8,9 +8,10 @@ branches "encoder" and "decoder"; x is float `[b h w c]` in [0, 1].
 
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
 import jax
@@ -127,11 +128,31 @@ def build(settings: Mapping[str, Any]) -> Autoencoder:
     for module in pkgutil.iter_modules(import_module(folder).__path__):
         import_module(f"{folder}.{module.name}")
     kinds = {kind.__name__: kind for kind in Autoencoder.__subclasses__()}
-    fields = dict(settings)
-    try:
-        return kinds[fields.pop("kind")](**fields)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"no model is described by {dict(settings)}: {error!r}") from None
+    given = dict(settings)
+    kind = kinds.get(str(given.pop("kind", None)))
+    if kind is None:
+        raise UserError(f"there is no model {str(settings.get('kind'))[:40]!r}")
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        value = given.pop(field.name, field.default)
+        if not _is(value, hints[field.name]):
+            raise UserError(f"a {kind.title} has no {field.name} of {str(value)[:40]!r}")
+    if given:
+        raise UserError(f"a {kind.title} has no {str(next(iter(given)))[:40]!r}")
+    return kind(**{name: value for name, value in settings.items() if name != "kind"})
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value, which may be anybody's, is of the type of a field. Integers are counts."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is(value, one) for one in get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is int:
+        return isinstance(value, int) and 0 < value < 2**20
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def divisible(model: Autoencoder, *, by: int, least: int) -> None:

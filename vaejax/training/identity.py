@@ -70,7 +70,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The fields by which a run is another one: "model.size 64 → 128"."""
     old, new = _flat(there), _flat(here)
     keys = sorted(old.keys() | new.keys())
-    return [f"{k} {old.get(k)} → {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+    values = ((k, str(old.get(k)), str(new.get(k))) for k in keys if old.get(k) != new.get(k))
+    return [f"{k[:60]} {there[:60]} → {here[:60]}" for k, there, here in values]
 
 
 def changed(folder: Path, settings: Mapping[str, Any]) -> Changes | None:

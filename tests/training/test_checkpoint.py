@@ -1,0 +1,367 @@
+"""A checkpoint is what was saved, or it is set aside by name: never something else in silence."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_fit import MODEL, RECIPE, digest, train
+
+from vaejax import commands, machine
+from vaejax.data import batches as data_batches
+from vaejax.errors import CheckpointError, UserError, VaejaxError
+from vaejax.training import checkpoint, identity, manifest, page, parallel, run
+from vaejax.training.config import build_adam
+from vaejax.training.state import TrainState, init
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "a link": lambda path: (path.rename(f"{path}.x"), path.symlink_to(f"{path}.x")),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit turned over, in the middle."""
+    found = bytearray(content or b"?")
+    found[len(found) // 2] ^= 1
+    return bytes(found)
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def files(place: Path) -> list[str]:
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+
+
+def restored(folder: Path, facts: dict) -> str:
+    """The digest of what Orbax reads."""
+    optimizer = build_adam(RECIPE, updates=18)
+    begin = partial(init, model=MODEL, optimizer=optimizer)
+    like: TrainState = jax.eval_shape(begin, jax.random.key(0))
+    images = data_batches.Images(Path(run.read(folder)["schedule"]["prepared"]), "train")
+    stream = data_batches.stream(images, batch_size=8, seed=0)
+    everywhere = parallel.whole(parallel.choose(1))
+    state = checkpoint.restore(folder, facts, like, stream, sharding=everywhere)
+    assert int(state.step) == facts["step"]
+    return checkpoint.digest(state, stream.get_state())
+
+
+def forge(folder: Path, **facts: object) -> None:
+    """Other facts in the newest manifest, with sums that agree."""
+    path = checkpoint.path(folder, 18) / manifest.NAME
+    content = json.loads(path.read_text())
+    del content["sha256"], content["files"]
+    path.unlink()
+    manifest.write(path.parent, content | facts)
+
+
+def newest(folder: Path) -> dict:
+    facts = checkpoint.newest(folder, run.read(folder), begun=True)
+    assert facts is not None
+    return facts
+
+
+def test_a_checkpoint_is_read_as_it_was_saved(folder: Path):
+    assert checkpoint.steps(folder) == [7, 14, 18]
+    facts = newest(folder)
+    assert facts["step"] == 18
+    assert restored(folder, facts) == facts["state"]
+    assert facts["files"].keys() | {manifest.NAME} == set(files(checkpoint.path(folder, 18)))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_is_damaged_is_named_and_set_aside_for_the_one_before(
+    damage: str, whole: Path, tmp_path: Path, capsys
+):
+    before = {
+        n: json.loads((checkpoint.path(whole, n) / manifest.NAME).read_text()) for n in (7, 14)
+    }
+    whole_18 = checkpoint.path(whole, 18)
+    names = files(whole_18)
+    assert len(names) > 10
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        for part in ("checkpoints", "config.json", "run.json"):
+            copy = shutil.copytree if (whole / part).is_dir() else shutil.copy
+            copy_to = folder / part
+            copy_to.parent.mkdir(exist_ok=True)
+            copy(whole / part, copy_to)
+        if damage in ("truncated", "emptied") and not (whole_18 / name).stat().st_size:
+            continue  # there is nothing to take away
+        DAMAGES[damage](checkpoint.path(folder, 18) / name)
+        facts = newest(folder)
+        assert facts["step"] == 14, name
+        assert facts["state"] == before[14]["state"]
+        warning = capsys.readouterr().err
+        assert "checkpoint of update 18 is damaged" in warning
+        # of a link, the file that it leads to may be what is found first
+        assert Path(name).name in warning
+        assert "going on from update 14" in warning
+        assert checkpoint.steps(folder) == [7, 14]
+        assert (folder / "checkpoints" / "damaged" / "0000018").is_dir()
+        if number in (0, len(names) // 2):
+            assert restored(folder, facts) == before[14]["state"]
+
+
+def test_a_stray_file_and_a_stray_folder_are_found(folder: Path, capsys):
+    (checkpoint.path(folder, 18) / "state" / "core.123").write_text("")
+    (folder / "checkpoints" / "0000099").mkdir()
+    (folder / "checkpoints" / "notes").mkdir()
+    assert newest(folder)["step"] == 14
+    warnings = capsys.readouterr().err
+    assert "update 99 is damaged: manifest.json is missing" in warnings
+    assert "state/core.123 does not belong there" in warnings
+    assert (folder / "checkpoints" / "notes").is_dir()
+
+
+def test_a_checkpoint_under_another_number_is_none(folder: Path, capsys):
+    checkpoint.path(folder, 18).rename(checkpoint.path(folder, 20))
+    assert newest(folder)["step"] == 14
+    assert "of update 18" in capsys.readouterr().err
+
+
+def test_a_manifest_that_was_forged_with_its_files_is_still_not_the_state(folder: Path):
+    """Files and sums that agree, of another state than the manifest says."""
+    forge(folder, state="0" * 64)
+    with pytest.raises(CheckpointError, match="another state than the one that was saved"):
+        restored(folder, newest(folder))
+
+
+def test_a_run_goes_on_from_the_one_before_and_ends_as_it_would_have(
+    whole: Path, folder: Path, data: Path, capsys
+):
+    shutil.rmtree(checkpoint.path(folder, 18))
+    run.record(folder, "stopped", devices="")
+    largest = max(checkpoint.path(folder, 14).rglob("*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(flipped(largest.read_bytes()))
+    train(data, folder)
+    assert ": 7 of 18 updates are done" in capsys.readouterr().out
+    assert digest(folder) == digest(whole)
+
+
+def test_where_none_is_whole_nothing_starts_from_zero(folder: Path, data: Path):
+    for step in checkpoint.steps(folder):
+        (checkpoint.path(folder, step) / manifest.NAME).write_text("{}")
+    run.record(folder, "stopped", devices="")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # nor when they are all set aside
+        with pytest.raises(CheckpointError, match="--fresh") as caught:
+            train(data, folder)
+        assert caught.value.exit_code == 3
+    assert "0000018" in "".join(map(str, (folder / "checkpoints" / "damaged").iterdir()))
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match="they are gone"):
+        train(data, folder)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_pictures_are_drawn_with_the_newest_whole_weights_and_nothing_is_moved(
+    folder: Path, capsys
+):
+    params, _ = checkpoint.weights(folder, MODEL)
+    flip = checkpoint.path(folder, 18) / "state" / "_METADATA"
+    flip.write_bytes(flipped(flip.read_bytes()))
+    older, _ = checkpoint.weights(folder, MODEL)
+    assert "taking that of update 14" in capsys.readouterr().err
+    a, b = jax.tree.leaves(params)[0], jax.tree.leaves(older)[0]
+    assert not np.array_equal(a, b)
+    assert checkpoint.steps(folder) == [7, 14, 18]
+    for step in (7, 14):
+        (checkpoint.path(folder, step) / manifest.NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"0000018 is damaged.*0000007 is damaged"):
+        checkpoint.weights(folder, MODEL)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder: Path):
+    settings = run.read(folder)
+    other = {**settings, "seed": 3, "model": {**settings["model"], "latent_dim": 5}}
+    forge(folder, settings=identity.identity(other))
+    with pytest.raises(CheckpointError, match=r"model.latent_dim 5 → 4; seed 3 → 0"):
+        newest(folder)
+    with pytest.raises(CheckpointError, match=r"another model .* model.latent_dim 5 → 4"):
+        checkpoint.weights(folder, MODEL)
+
+
+def test_the_old_ones_go_when_the_new_one_is_whole_and_not_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = run.read(folder)
+    state = jax.jit(partial(init, model=MODEL, optimizer=build_adam(RECIPE, updates=18)))(
+        jax.random.key(0)
+    )
+    images = data_batches.Images(Path(settings["schedule"]["prepared"]), "train")
+    batches = data_batches.stream(images, batch_size=8, seed=0)
+    save = partial(checkpoint.save, folder, batches=batches, settings=settings, keep=2)
+    there: list[list[int]] = []
+    written = manifest.write
+
+    def watched(*arguments):
+        there.append(checkpoint.steps(folder))
+        written(*arguments)
+
+    monkeypatch.setattr(manifest, "write", watched)
+    save(state=state._replace(step=state.step + 20))
+    assert there == [[7, 14, 18]]
+    assert checkpoint.steps(folder) == [18, 20]
+    with monkeypatch.context() as broken:
+        broken.setattr(manifest, "write", partial(_raise, OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            save(state=state._replace(step=state.step + 21))
+    assert checkpoint.steps(folder) == [18, 20]
+    assert [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def _raise(error: Exception, *_: object) -> None:
+    raise error
+
+
+def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
+    folder: Path, data: Path
+):
+    half = folder / "checkpoints" / ".partial-0000099"
+    shutil.copytree(checkpoint.path(folder, 18), half)
+    shutil.copytree(half, half.with_name(half.name + ".orbax-checkpoint-tmp"))
+    run.record(folder, "stopped", devices="")
+    assert newest(folder)["step"] == 18
+    train(data, folder)
+    assert checkpoint.steps(folder) == [7, 14, 18]
+    assert sorted(path.name[0] for path in (folder / "checkpoints").iterdir()) == ["0", "0", "0"]
+
+
+def test_other_versions_are_one_warning(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    run.record(folder, "stopped", devices="")
+    train(data, folder)
+    assert "other versions" not in capsys.readouterr().err
+    run.record(folder, "stopped", devices="")
+    now = run.versions()
+    monkeypatch.setattr(run, "versions", lambda: {**now, "flax": "99.0"})
+    train(data, folder)
+    assert capsys.readouterr().err.count(f"flax {now['flax']} → 99.0") == 1
+
+
+# Files that somebody has edited ------------------------------------------------------------------
+
+
+def edited(value, chance: random.Random):
+    """JSON with one value, somewhere, made into another kind of value, or taken away."""
+    places = []
+
+    def walk(inner):
+        for key in inner if isinstance(inner, dict) else range(len(inner)):
+            places.append((inner, key))
+            if isinstance(inner[key], dict | list):
+                walk(inner[key])
+
+    walk(value)
+    where, key = chance.choice(places)
+    others = [
+        None,
+        "",
+        "x" * 999,
+        -1,
+        0,
+        10**12,
+        10**30,
+        0.5,
+        True,
+        [],
+        {},
+        [[1]],
+        {"a": 1},
+        "drop",
+    ]
+    other = chance.choice(others)
+    if other == "drop":
+        del where[key]
+    else:
+        where[key] = other
+    return value
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    kind = chance.randrange(5)
+    at = chance.randrange(len(content))
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + bytes([chance.randrange(256)]) + content[at + 1 :]
+    if kind == 2:
+        return content[:at] + content[at + chance.randrange(1, 40) :]
+    if kind == 3:
+        return content[:at] + b"[" * chance.choice([1, 50_000]) + content[at:]
+    return json.dumps(edited(json.loads(content), chance)).encode()
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_file_that_somebody_edited_is_an_error_for_people_or_does_no_harm(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chance = random.Random(name)
+    settings, path = run.read(folder), folder / name
+    content = path.read_bytes()
+    monkeypatch.setattr(checkpoint, "_weights", lambda place, model: (place, model))
+    acts: dict[str, list[Callable[[], object]]] = {
+        "config.json": [
+            lambda: identity.choose(
+                "tiny", settings, out=folder, fresh=False, accept_changed_data=False
+            ),
+            lambda: commands.load(str(folder)),
+        ],
+        "run.json": [
+            lambda: run.standing(folder),
+            lambda: run.record(folder, "running", devices="", saved=1),
+        ],
+    }
+    messages: list[str] = []
+    for _ in range(100):
+        broken = mutated(content, chance)
+        for act in (*acts[name], lambda: page.write(folder)):
+            path.write_bytes(broken)
+            try:
+                act()
+            except VaejaxError as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert [text for text in messages if "\n" in text or len(text) > 3000] == []
+
+
+def test_a_manifest_that_somebody_edited_is_another_one_or_says_the_same(folder: Path):
+    chance = random.Random(0)
+    path = checkpoint.path(folder, 18) / manifest.NAME
+    content, facts = path.read_bytes(), newest(folder)
+    found = []
+    for _ in range(100):
+        path.write_bytes(mutated(content, chance))
+        try:
+            found.append(manifest.check(path.parent))
+        except manifest.Damaged:
+            continue
+    assert len(found) < 30
+    assert all(same == facts for same in found)
+
+
+def test_the_table_of_runs_goes_on_past_a_broken_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = folder.parent / "runs"
+    runs.mkdir()
+    for number in range(2):
+        shutil.copytree(folder, runs / f"0000{number}-tiny")
+    (runs / "00000-tiny" / "run.json").write_text('{"status": [1]}')
+    monkeypatch.chdir(folder.parent)
+    rows = machine.runs().splitlines()
+    assert "unreadable" in rows[1]
+    assert "finished" in rows[2]
+    with pytest.raises(UserError, match='"status" is not of the kind str'):
+        run.read(runs / "00000-tiny", "run.json")
