@@ -17,6 +17,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is said, 
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)  # for what the tests start as a process, too
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "vaejax" / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", str(folder / "vaejax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -1,5 +1,7 @@
 """A person's mistake is one line and exit code 2, and nothing is left behind."""
 
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -252,3 +254,21 @@ def test_denoise_can_add_the_runs_own_noise_first_by_a_seed(
     assert np.array_equal(again[0], noisy)
     assert np.array_equal(again[1], denoised)
     assert np.mean(other[0] == noisy) < 0.3
+
+
+def test_what_nobody_reads_any_more_or_no_terminal_can_show_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    reading, writing = os.pipe()
+    with open(writing, "w", encoding="latin-1", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with cli.unbroken():
+            print("faces … ×")
+            assert os.read(reading, 99) == b"faces ? \xd7\n"
+            os.close(reading)
+            for _ in range(3):
+                print("nobody is there", flush=True)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert sys.stdout is stream
+        print("and still not", flush=True)  # nor for those who write there afterwards
+    assert signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN

@@ -11,10 +11,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 import vaejax
-from vaejax import cache, native, objectives
+from vaejax import cache, memory, native, objectives
 from vaejax.errors import UserError
 from vaejax.log import duration, size
 from vaejax.models import autoencoder
@@ -126,8 +124,7 @@ def doctor() -> Iterator[str]:
     yield f"versions {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}"
     devices = parallel.choose()
     yield f"devices  {devices}, {os.cpu_count()} cores"
-    memory = psutil.virtual_memory()
-    text = f"memory   {size(memory.available)} of {size(memory.total)} free"
+    text = f"memory   {size(memory.room())} of {size(memory.limit())} free"
     if limit := parallel.memory_limit():
         text += f", {size(limit)} on each device"
     yield text

@@ -17,7 +17,7 @@ _GROUPS = (
         ("total_inactive_file", "total_active_file"),
     ),
 )
-_ROOT = Path("/sys/fs/cgroup")
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def limit() -> int:
@@ -33,7 +33,7 @@ def room() -> int:
 def _bounds() -> Iterator[tuple[int, int]]:
     """The limit and the use, in bytes, of every control group that this process is in."""
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _OWN.read_text().splitlines():
             _, controllers, place = line.split(":", 2)
             for name, most, current, given_back in _GROUPS:
                 if name not in controllers.split(","):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -162,39 +161,6 @@ def after_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(
-    whole: Path, data: Path, tmp_path: Path, capsys
-):
-    out = tmp_path / "run"
-    process = start(data, out)
-    after_steps(process, out, 4)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert run.status(out) == "running"
-    capsys.readouterr()
-    train(data, out)
-    assert "run: 0 of " not in capsys.readouterr().out
-    assert digest(out) == digest(whole)
-    assert pictures(out) == pictures(whole)
-    steps = [(x["step"], x["split"]) for x in lines(out)]
-    assert steps == [(x["step"], x["split"]) for x in lines(whole)]
-
-
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(whole: Path, data: Path, tmp_path: Path):
-    out = tmp_path / "run"
-    process = start(data, out)
-    after_steps(process, out, 2)
-    process.terminate()
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert run.status(out) == "stopped"
-    train(data, out)
-    assert digest(out) == digest(whole)
-
-
 def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end_comes_to_its_end(
     whole: Path, data: Path, tmp_path: Path
 ):
@@ -266,11 +232,6 @@ def test_a_run_without_a_name_gets_the_next_number_and_is_found_again(
     assert train(data, None, steps=1, fresh=True) == Path("runs/00002-tiny")
     assert run.find("latest") == Path("runs/00002-tiny")
     assert run.find("1") == Path("runs/00001-tiny")
-
-
-def test_two_runs_in_one_folder_are_one_too_many(data: Path, tmp_path: Path):
-    with run.locked(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()}"):
-        train(data, tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(data: Path, tmp_path: Path):

@@ -28,7 +28,7 @@ from vaejax.errors import CheckpointError
 from vaejax.files import PARTIAL, flush
 from vaejax.models import autoencoder
 from vaejax.training import manifest, parallel, run
-from vaejax.training.identity import differences, identity
+from vaejax.training.identity import differences, identity, without_data
 from vaejax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -162,7 +162,8 @@ def newest(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> dict[st
                 file=sys.stderr,
             )
             continue
-        if fields := differences(facts["settings"], identity(settings)):
+        # whether the images are those of the run was settled when its folder was found
+        if fields := differences(without_data(facts["settings"]), without_data(settings)):
             raise CheckpointError(
                 f"{path(folder, step)} is of another run: {'; '.join(fields)} (there → here). "
                 "Take it away, or start anew with --fresh, which keeps the folder"

@@ -78,9 +78,7 @@ def changed(folder: Path, settings: Mapping[str, Any]) -> Changes | None:
     """How the images have changed since, if a run differs in nothing but them, and they come from
     the same source and were cropped in the same way; else None."""
     there = run.read(folder)
-    if not differences(there, settings) or differences(
-        _without_data(there), _without_data(settings)
-    ):
+    if not differences(there, settings) or differences(without_data(there), without_data(settings)):
         return None
     before, after = there["schedule"], settings["schedule"]
     if before["source"] != after["source"]:
@@ -88,9 +86,8 @@ def changed(folder: Path, settings: Mapping[str, Any]) -> Changes | None:
     return changes(Path(before["prepared"]), Path(after["prepared"]))
 
 
-def _without_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of the settings where the images, and what follows from their number, is not
-    looked at."""
+def without_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity but for the images, and what follows from their number."""
     left = {name: value for name, value in identity(settings).items() if name != "data"}
     left["optimizer"] = {**left.get("optimizer", {}), "cosine_decay_updates": None}
     return left
