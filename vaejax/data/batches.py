@@ -84,7 +84,7 @@ class Images:
         with self._lock:
             if number not in self._readers:
                 self._readers[number] = ArrayRecordReader(
-                    os.fspath(self._files[number].filename),
+                    os.fsencode(self._files[number].filename),  # it takes no text but UTF-8
                     options=_ONE_RECORD,
                     file_reader_buffer_size=32768,
                 )
