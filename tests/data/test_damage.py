@@ -96,6 +96,15 @@ def test_what_a_later_version_would_leave_out_of_a_report_is_missed(copy: Path):
         builder(copy)
 
 
+def test_lists_in_lists_too_deep_to_be_read_are_an_error(copy: Path):
+    for levels in [*range(500, 1001), 100_000]:  # the last that can be read cannot be hashed
+        nested = "[" * levels + "]" * levels
+        text = f'{{"format": "{records.FORMAT}", "more": {nested}}}'
+        (copy / "report.json").write_text(text)
+        with pytest.raises(UserError, match=r"is not as it was written|is not a prepared data set"):
+            read_report(copy)
+
+
 def test_a_pipe_in_place_of_the_report_is_not_waited_for(copy: Path):
     (copy / "report.json").unlink()
     os.mkfifo(copy / "report.json")
