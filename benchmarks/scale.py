@@ -153,7 +153,7 @@ def write_set(folder: Path, count: int, *, many_files: bool) -> None:
     train = records.split_info(data, split="train", lengths=lengths)
     records.describe(data, size=size, splits=[train])
     report = {"format": records.FORMAT, "source": "", "size": size, "accepted": count}
-    report |= {"fingerprint": "", "listing": "", "files": {}}
+    report = records.complete({**report, "fingerprint": "", "listing": ""}, folder)
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 

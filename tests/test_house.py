@@ -88,15 +88,105 @@ def test_the_data_never_touch_jax_or_a_device():
         assert not roots & {"jax", "flax", "optax"}, path
 
 
+# what makes programs of data, and what is only called to do that
+LOADERS = {
+    "pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "runpy", "shelve", "torch",
+    "yaml",
+}  # fmt: skip
+EXECUTORS = {"eval", "exec", "__import__", "read_pickle", "allow_pickle"}
+
+
+def executed(source: str) -> set[str]:
+    """What in a program may run data as a program, or unpickle them."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            names = {alias.name for alias in node.names}
+            roots = {name.split(".")[0] for name in ({module} if module else names)}
+            found |= roots & LOADERS | names & EXECUTORS
+        elif isinstance(node, ast.Name | ast.Attribute):
+            found |= {node.id if isinstance(node, ast.Name) else node.attr} & EXECUTORS
+        elif isinstance(node, ast.keyword) and node.arg:
+            found |= {node.arg} & EXECUTORS
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # import_module("pickle"), getattr(builtins, "eval"), {"allow_pickle": True}
+            found |= {node.value.split(".")[0]} & (LOADERS | EXECUTORS)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            unknown = any(isinstance(argument, ast.Starred) for argument in node.args)
+            unknown |= any(keyword.arg is None for keyword in node.keywords)
+            if name == "load" and (unknown or len(node.args) > 2):
+                found.add("load")  # the third of numpy.load is allow_pickle
+    return found
+
+
 def test_nothing_is_executed_from_data():
     for path in [*MODULES, *(ROOT / "experiments").glob("*.py")]:
-        roots = {name.split(".")[0] for name in imports(path)}
-        assert not roots & {"pickle", "dill", "joblib", "torch", "yaml", "shelve"}, path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in {"eval", "exec"}, path
-            if isinstance(node, ast.keyword):
-                assert node.arg != "allow_pickle", path
+        # a program that a person names on the command line is run: it is no data
+        allowed = {"runpy"} if path == ROOT / "vaejax" / "machine.py" else set()
+        assert executed(path.read_text(encoding="utf-8")) <= allowed, path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import _pickle as p",
+        "from pickle import loads",
+        "import os, pickle",
+        "def f():\n    import dill",
+        "import cloudpickle",
+        "import joblib",
+        "import joblib.numpy_pickle",
+        "from joblib import load",
+        "import marshal",
+        "import shelve",
+        "import torch",
+        "import torch.serialization as t",
+        "from torch import load",
+        "import yaml",
+        "from yaml import load",
+        "import runpy",
+        "from runpy import run_path",
+        "import importlib\nimportlib.import_module('pickle')",
+        "import sys\nsys.modules['torch']",
+        "__import__('os')",
+        "import numpy as np\nnp.load('f', allow_pickle=True)",
+        "import numpy as np\nnp.load('f', None, True)",
+        "import numpy as np\nnp.load('f', *settings)",
+        "import numpy as np\nnp.load('f', **settings)",
+        "import numpy as np\nnp.load('f', **{'allow_pickle': True})",
+        "from numpy import load\nload('f', 'r', True)",
+        "import numpy as np\nnp.lib.format.read_array(f, allow_pickle=True)",
+        "import pandas\npandas.read_pickle('f')",
+        "eval('1')",
+        "exec('1')",
+        "run = eval",
+        "import builtins\nbuiltins.eval('1')",
+        "import builtins\nbuiltins.exec('1')",
+        "from builtins import exec",
+        "from builtins import eval as e",
+        "import builtins\ngetattr(builtins, 'eval')('1')",
+    ],
+)
+def test_what_would_execute_data_is_found(source: str):
+    assert executed(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import numpy as np\nnp.load('f')\nnp.load('f', 'r')",
+        "import json\njson.load(file)",
+        "image.load()",
+        "from importlib import import_module\nimport_module(f'{folder}.{name}')",
+        "import re\nre.compile('a')",
+        '"""Evaluates a model, and speaks of pickle, torch and eval."""',
+    ],
+)
+def test_what_is_harmless_is_not(source: str):
+    assert executed(source) == set()
 
 
 def test_experiments_are_short():

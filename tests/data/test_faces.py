@@ -229,7 +229,8 @@ def test_a_set_is_the_same_whatever_the_number_of_threads(album: Path, tmp_path:
     assert one.keys() == many.keys()
     assert [name for name in one if one[name] != many[name]] == ["report.json"]
     reports = [json.loads(files["report.json"]) for files in (one, many)]
-    assert {**reports[0], "seconds": 0} == {**reports[1], "seconds": 0}
+    ours = {"seconds": 0, "sha256": ""}
+    assert {**reports[0], **ours} == {**reports[1], **ours}
 
 
 def test_a_small_face_of_a_large_photograph_is_as_sharp_as_that_has_it(
@@ -280,7 +281,7 @@ def test_without_a_crop_sets_are_found_by_what_they_always_were(album: Path):
     hashes = sorted(hashlib.sha256((album / name).read_bytes()).hexdigest() for name in names)
     joined = "\n".join([*hashes, "32"]).encode()
     assert report["fingerprint"] == hashlib.sha256(joined).hexdigest()
-    key = hashlib.sha256(b"vaejax prepared set 1, 32 pixels\n")
+    key = hashlib.sha256(b"vaejax prepared set 2, 32 pixels\n")
     for name in sorted(os.listdir(album)):
         stat = (album / name).stat()
         key.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())

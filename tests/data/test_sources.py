@@ -2,9 +2,15 @@
 
 import os
 import random
+import shutil
 import signal
 import stat
+import struct
+import subprocess
+import sys
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,17 +141,30 @@ def test_what_became_a_pipe_after_the_listing_is_not_waited_for(tmp_path: Path):
             files.read(files.entries[1])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_may_not_be_read_is_refused(tmp_path: Path):
-    fill(tmp_path, "1.png", "closed/2.png", "3.png")
-    (tmp_path / "closed").chmod(0)
-    (tmp_path / "3.png").chmod(0)
-    try:
-        assert refused(tmp_path) == {"closed": "unreadable"}
-        with listing(tmp_path) as files, pytest.raises(Refused, match="unreadable"):
+@pytest.fixture
+def anybody() -> Iterator[Path]:
+    """A folder of somebody who may not read everything, as root may."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own are closed to others
+    if is_root := os.geteuid() == 0:
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    for path in folder.rglob("*"):
+        path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_refused(anybody: Path):
+    fill(anybody, "1.png", "closed/2.png", "3.png")
+    (anybody / "closed").chmod(0)
+    (anybody / "3.png").chmod(0)
+    assert refused(anybody) == {"closed": "unreadable"}
+    with listing(anybody) as files:
+        assert [e.path for e in files.entries if e.refused is None] == ["1.png", "3.png"]
+        with pytest.raises(Refused, match="unreadable"):
             files.read(files.entries[1])
-    finally:
-        (tmp_path / "closed").chmod(0o700)
 
 
 def test_every_file_is_listed_once_under_its_real_name(tmp_path: Path):
@@ -275,6 +294,116 @@ def test_a_member_that_lies_about_its_size_gives_no_more_than_it_said(tmp_path: 
     (tmp_path / "a.zip").write_bytes(data)
     with listing(tmp_path / "a.zip") as files, pytest.raises(Refused, match="damaged in the zip"):
         files.read(files.entries[0])
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from vaejax.data.decode import Refused
+from vaejax.data.sources import listing
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with listing(Path(sys.argv[1])) as files:
+    entry = files.entries[0]
+    try:
+        print(len(files.entries), files.read(entry))
+    except Refused as refused:
+        print(len(files.entries), refused)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def measured(source: Path) -> tuple[str, int]:
+    """How many are listed, what is read of the first, and the megabytes that it took."""
+    command = [sys.executable, "-c", MEASURE, str(source)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return lines[0], int(lines[1])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path: Path, compression: int):
+    source = tmp_path / "a.zip"
+    with zipfile.ZipFile(source, "w", compression) as archive, archive.open("1.png", "w") as file:
+        for _ in range(300):
+            file.write(bytes(1 << 20))
+    data = bytearray(source.read_bytes())
+    struct.pack_into("<I", data, 22, 1000)  # in the member's own header, and in the directory
+    struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, 1000)
+    source.write_bytes(data)
+    found, megabytes = measured(source)
+    assert found == "1 damaged in the zip"
+    assert megabytes < 20
+
+
+def zip_of(path: Path, count: int) -> Path:
+    """A zip whose many members are all the same few bytes."""
+    name, data = b"0123456.png", b"none"
+    facts = struct.pack("<5H3I2H", 20, 0, 0, 0, 0, zlib.crc32(data), 4, 4, len(name), 0)
+    central = b"PK\1\2" + struct.pack("<H", 20) + facts + bytes(14)
+    members = b"".join(central + b"%07d.png" % i for i in range(count))
+    local = b"PK\3\4" + facts + b"0000000.png" + data
+    most = min(count, 0xFFFF)  # which zipfile does not believe either
+    end = b"PK\5\6" + struct.pack("<4H2IH", 0, 0, most, most, len(members), len(local), 0)
+    path.write_bytes(local + members + end)
+    return path
+
+
+def test_a_hundred_thousand_members_take_what_a_listing_takes(tmp_path: Path):
+    """A million take ten times as much: 700 MB, most of them zipfile's, and ten seconds."""
+    found, megabytes = measured(zip_of(tmp_path / "a.zip", 100_000))
+    assert found == "100000 b'none'"
+    assert megabytes < 150
+
+
+def test_a_directory_that_would_fill_the_memory_is_not_read(tmp_path: Path):
+    with (tmp_path / "a.zip").open("wb") as file:
+        file.seek(200 << 20)  # which takes no room on the disk
+        file.write(b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 1, 1, 200 << 20, 0, 0))
+    message = r"a\.zip has too many members .* takes 200 MB\. Unpack it, and name the folder"
+    with pytest.raises(UserError, match=message):
+        paths(tmp_path / "a.zip")
+
+
+def test_members_that_lie_over_one_another_are_a_bomb_together(tmp_path: Path):
+    data = bytearray(make_zip(tmp_path / "a.zip", {"1.png": bytes(16 << 20)}).read_bytes())
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    assert refused(tmp_path / "a.zip") == {}
+    count = 300
+    struct.pack_into("<2HI", data, end + 8, count, count, count * (end - start))
+    (tmp_path / "a.zip").write_bytes(data[:start] + data[start:end] * count + data[end:])
+    with pytest.raises(UserError, match=r"a\.zip is a zip bomb: it would unpack to 4 GB"):
+        paths(tmp_path / "a.zip")
+
+
+def raw_zip(path: Path, names: list[bytes]) -> Path:
+    """Members with names of any bytes, which no flag says are UTF-8, and their names in them."""
+    stand_ins = {b"%03d" % i + b"x" * (len(name) - 3): name for i, name in enumerate(names)}
+    data = make_zip(path, {stand.decode(): name for stand, name in stand_ins.items()}).read_bytes()
+    for stand, name in stand_ins.items():
+        data = data.replace(stand, name)
+    path.write_bytes(data)
+    return path
+
+
+def test_names_in_a_zip_are_utf_8_if_they_can_be_and_msdos_if_not(tmp_path: Path):
+    names = {
+        "Zoë/😀.png".encode(): "Zoë/😀.png",  # as a Mac packs
+        b"Zo\x89/1.png": "Zoë/1.png",  # as Windows does
+        b"\xff\xfe\x0a.png": "\xa0■\\x0a.png",
+    }
+    source = raw_zip(tmp_path / "a.zip", list(names))
+    assert contents(source) == {text: name for name, text in names.items()}
+    flagged = make_zip(tmp_path / "b.zip", {"├⌐.png": b"box", "é.png": b"accent"})
+    assert contents(flagged) == {"├⌐.png": b"box", "é.png": b"accent"}
+
+
+def test_a_zip_that_is_cut_after_the_listing_is_damaged(tmp_path: Path):
+    noise = random.Random(0).randbytes(200_000)
+    source = make_zip(tmp_path / "a.zip", {"1.png": noise, "2.png": noise})
+    with listing(source) as files:
+        os.truncate(source, 300_000)
+        assert files.read(files.entries[0]) == noise
+        with pytest.raises(Refused, match="damaged in the zip"):
+            files.read(files.entries[1])
 
 
 def test_an_unusual_compression_is_refused(tmp_path: Path):

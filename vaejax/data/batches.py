@@ -16,7 +16,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import UInt8
 
-from vaejax.data.records import builder
+from vaejax.data.entries import printable
+from vaejax.data.records import builder, damaged
 from vaejax.errors import UserError
 
 # Nothing is read ahead of a record, and none is handed to other threads: grain has its own.
@@ -34,13 +35,16 @@ class Images:
     def __init__(self, prepared: Path, split: str):
         import tensorflow_datasets as tfds
 
-        info = builder(prepared).info
-        self._files = info.splits[split].file_instructions  # which records of which file
-        self._ends = list(itertools.accumulate(file.take for file in self._files))
-        # the texts, which nobody asks for here, would take longer than the pixels
-        self._features: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
-        texts = {name: info.features[name] for name in ("path", "sha256")}
-        self._texts: Any = tfds.features.FeaturesDict(texts)
+        self._prepared, info = prepared, builder(prepared).info
+        try:
+            self._files = info.splits[split].file_instructions  # which records of which file
+            self._ends = list(itertools.accumulate(file.take for file in self._files))
+            # the texts, which nobody asks for here, would take longer than the pixels
+            self._features: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
+            texts = {name: info.features[name] for name in ("path", "sha256")}
+            self._texts: Any = tfds.features.FeaturesDict(texts)
+        except Exception:  # whatever TFDS makes of what it did not write
+            raise damaged(prepared, "its metadata cannot be used") from None
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -57,24 +61,30 @@ class Images:
 
     def texts(self, index: int) -> dict[str, str]:
         """Where an image came from: the "path" and the "sha256" of its file."""
-        found = self._texts.deserialize_example_np(self._record(index))
+        found = self._example(index, self._texts)
         return {name: value.decode() for name, value in found.items()}
 
     def _image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        return self._features.deserialize_example_np(self._record(index))["image"]
+        return self._example(index, self._features)["image"]
 
-    def _record(self, index: int) -> bytes:
+    def _example(self, index: int, features: Any) -> dict[str, Any]:
+        """UserError if the file does not hold it: its checksums tell, or it is cut or gone."""
         number = bisect.bisect_right(self._ends, index)
         file = self._files[number]
         place = index - self._ends[number] + file.take + file.skip
-        return self._reader(number).read(place, place + 1)[0]
+        try:
+            record = self._reader(number).read(place, place + 1)[0]
+            return features.deserialize_example_np(record)
+        except (RuntimeError, IndexError, ValueError):
+            name = f"records/{os.path.basename(file.filename)}"
+            raise damaged(self._prepared, f"{printable(name)} cannot be read") from None
 
     def _reader(self, number: int) -> ArrayRecordReader:
         """Of a file, opened when it is first needed, by one thread: it has the file's index."""
         with self._lock:
             if number not in self._readers:
                 self._readers[number] = ArrayRecordReader(
-                    os.fspath(self._files[number].filename),
+                    os.fsencode(self._files[number].filename),  # it takes no text but UTF-8
                     options=_ONE_RECORD,
                     file_reader_buffer_size=32768,
                 )

@@ -269,7 +269,7 @@ class _Writer(ExampleWriter):
 
     def write(self, path: Any, examples: Iterable[Any]) -> None:
         with _replaced(path) as partial:
-            records.save(os.fspath(partial), (example for _, example in examples))
+            records.save(partial, (example for _, example in examples))
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:

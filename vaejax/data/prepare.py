@@ -24,7 +24,7 @@ from vaejax.data import records, sheet
 from vaejax.data.faces import Crop, Finder
 from vaejax.data.gather import Gathered
 from vaejax.data.records import builder
-from vaejax.data.report import of_files, of_images, summary
+from vaejax.data.report import of_images, summary
 from vaejax.data.sources import Entry, Listing, listing, printable
 from vaejax.data.splits import INTERVALS, persons, splits
 from vaejax.data.whole import appearing
@@ -222,8 +222,8 @@ def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
         "listing": job.key,
         **of_images(found, job.size, job.finder),
         **written,
-        "files": of_files(partial),
     }
+    report = records.complete(report, partial)
     _write_json(partial / "report.json", report)
     _refusals_file(job).unlink(missing_ok=True)
     return report

@@ -11,6 +11,7 @@ TensorFlow installed, it dies. On Apache Beam a TFDS builder writes them: `beam.
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from vaejax.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # half a second, which most commands need not spend
 
-FORMAT = "vaejax prepared set 1"  # another number when old sets can no longer be read
+FORMAT = "vaejax prepared set 2"  # another number when old sets can no longer be read
 _NEEDED = {
     "source": str,
     "size": int,
@@ -34,6 +35,7 @@ _NEEDED = {
     "fingerprint": str,
     "listing": str,
     "files": dict,
+    "metadata": dict,
 }
 
 
@@ -59,7 +61,7 @@ def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotat
     try:
         return tfds.builder_from_directory(os.fspath(Path(prepared) / "records"))
     except Exception:  # whatever its parsers of JSON make of damage
-        raise _damaged(prepared, "its metadata cannot be read") from None
+        raise damaged(prepared, "its metadata cannot be read") from None
 
 
 def is_prepared(folder: Path) -> bool:
@@ -74,22 +76,40 @@ def read_report(prepared: Path) -> dict[str, Any]:
             f"{printable(prepared)} is not a prepared data set: no report.json of vaejax in it. "
             "`vaejax prepare` makes one of a folder or a zip of images."
         )
+    if not _is_sealed(report):
+        raise damaged(prepared, "report.json is not as it was written")
     for name, kind in _NEEDED.items():
         if not isinstance(report.get(name), kind):
-            raise _damaged(prepared, f'report.json has no "{name}"')
+            raise damaged(prepared, f'report.json has no "{name}"')
     return report
 
 
 def check(prepared: Path) -> dict[str, Any]:
-    """The report of a prepared set whose files are all there, and as long as they were."""
+    """The report of a prepared set whose files are all there and as long as they were, and whose
+    metadata are as they were. Records have checksums of their own, which reading them checks."""
     report = read_report(prepared)
     for name, size in report["files"].items():
-        path = Path(prepared) / name
-        found = path.stat().st_size if path.is_file() else None
+        path = os.path.join(prepared, name)
+        found = os.path.getsize(path) if os.path.isfile(path) else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise _damaged(prepared, f"{printable(name)} {state}")
+            raise damaged(prepared, f"{printable(name)} {state}")
+    for name, digest in report["metadata"].items():
+        if _sha256(Path(prepared) / name) != digest:
+            raise damaged(prepared, f"{printable(name)} is not as it was written")
     return report
+
+
+def complete(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The report of a folder, with what tells damage to its files, and to the report itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    metadata = sorted(folder.glob("records/*.json"))
+    report = {
+        **report,
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+        "metadata": {str(path.relative_to(folder)): _sha256(path) for path in metadata},
+    }
+    return {**report, "sha256": _seal(report)}
 
 
 def write(
@@ -98,17 +118,18 @@ def write(
     """Write one split, record by record; memory does not grow with their number."""
     path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
     serialize = features(size).serialize_example
-    count = save(os.fspath(path), (serialize(dict(record)) for record in records))
+    count = save(path, (serialize(dict(record)) for record in records))
     return split_info(folder, split=split, lengths=[count])
 
 
-def save(path: str, serialized: Iterable[bytes]) -> int:
+def save(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> int:
     """Write a file of records; how many they were."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # One record a group, so that reading one does not unpack its neighbours; unpacked, since
     # pixels that zstd packs by a tenth are read at two thirds of the speed.
-    writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+    # A path as bytes, since it takes no text that is not UTF-8.
+    writer = ArrayRecordWriter(os.fsencode(path), "group_size:1,uncompressed")
     count = 0
     try:
         for record in serialized:
@@ -157,7 +178,8 @@ def features(size: int) -> "tfds.features.FeaturesDict":
     return tfds.features.FeaturesDict({"image": image, **texts})
 
 
-def _damaged(prepared: Path, what: str) -> UserError:
+def damaged(prepared: Path, what: str) -> UserError:
+    """What to say of a prepared set that is not as it was written."""
     return UserError(
         f"the prepared data set {printable(prepared)} is damaged: {what}. "
         "Delete that folder and prepare it again."
@@ -173,9 +195,33 @@ def _template(folder: Path) -> "tfds.core.ShardedFileTemplate":
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
+    path = Path(folder) / "report.json"
+    if not os.path.isfile(path):  # to open a pipe would be to wait
+        return None
     try:
-        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     is_ours = isinstance(report, dict) and report.get("format") == FORMAT
     return report if is_ours else None
+
+
+def _is_sealed(report: dict[str, Any]) -> bool:
+    try:
+        return report.get("sha256") == _seal(report)
+    except RecursionError:  # lists in lists, so deep that they could just be read
+        return False
+
+
+def _seal(report: dict[str, Any]) -> str:
+    """A hash over all of a report but this one, however it is laid out."""
+    rest = {name: value for name, value in report.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str | None:
+    """None if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

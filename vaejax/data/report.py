@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,6 @@ def of_images(found: Gathered, size: int, finder: Finder | None) -> dict[str, An
         cascade = {"cascade": printable(finder.cascade.name)}
         report["crop"] = {**cascade, **finder.identity, "several_faces": found.several_faces}
     return report
-
-
-def of_files(folder: Path) -> dict[str, int]:
-    """The size of every file below a folder, in bytes: half a file is soon found out."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def summary(report: dict[str, Any]) -> str:

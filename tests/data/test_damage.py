@@ -1,0 +1,285 @@
+"""A prepared set that is not as it was written is an error for people, or gives what it gave."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vaejax.data import records
+from vaejax.data.batches import Images, stream
+from vaejax.data.prepare import builder, look, prepare
+from vaejax.data.records import is_prepared, read_report
+from vaejax.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+def make(source: Path, **settings: Any) -> Path:
+    return prepare(source, **{"size": 16, "say": lambda _: None} | settings)
+
+
+@pytest.fixture(scope="module")
+def prepared(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read it, and leave it as it is."""
+    return make(faces, out=tmp_path_factory.mktemp("out") / "set")
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    """One to be damaged."""
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+# The report and the metadata
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_set_is_an_error(faces: Path, copy: Path, damage: str):
+    victim = next(copy.glob("records/*train*"))
+    if damage == "cut":
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+    state = r"has \d+ bytes, not \d+" if damage == "cut" else "is missing"
+    for use in (
+        lambda: builder(copy),
+        lambda: make(copy),
+        lambda: look(copy, size=16),
+        lambda: make(faces, out=copy),
+    ):
+        with pytest.raises(UserError, match=rf"damaged: records/.*train.* {state}. Delete"):
+            use()
+
+
+@pytest.mark.parametrize("report", ["", "{", "[]", '{"format": "another"}'])
+def test_a_set_without_its_report_is_none(copy: Path, report: str):
+    (copy / "report.json").write_text(report)
+    assert not is_prepared(copy)
+    with pytest.raises(UserError, match="is not a prepared data set"):
+        builder(copy)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_metadata_that_were_changed_are_damage(copy: Path, name: str):
+    text = (copy / "records" / name).read_text()
+    changed = text.replace("16", "61") if "16" in text else text.replace("1", "2")
+    assert len(changed) == len(text)
+    assert changed != text
+    (copy / "records" / name).write_text(changed)
+    message = rf"is damaged: records/{name} is not as it was written\. Delete that folder"
+    with pytest.raises(UserError, match=message):
+        builder(copy)
+
+
+def test_a_report_that_was_changed_is_damage_and_one_laid_out_anew_is_not(copy: Path):
+    report = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(json.dumps(dict(reversed(report.items()))))
+    assert read_report(copy) == report
+    for change in ({"accepted": 56}, {"sha256": None}, {"more": 1}):
+        (copy / "report.json").write_text(json.dumps({**report, **change}))
+        with pytest.raises(UserError, match=r"is damaged: report\.json is not as it was written"):
+            read_report(copy)
+
+
+def test_what_a_later_version_would_leave_out_of_a_report_is_missed(copy: Path):
+    report = read_report(copy)
+    del report["files"]
+    sealed = {**report, "sha256": records._seal(report)}
+    (copy / "report.json").write_text(json.dumps(sealed))
+    with pytest.raises(UserError, match=r'is damaged: report\.json has no "files"'):
+        builder(copy)
+
+
+def test_lists_in_lists_too_deep_to_be_read_are_an_error(copy: Path):
+    for levels in [*range(500, 1001), 100_000]:  # the last that can be read cannot be hashed
+        nested = "[" * levels + "]" * levels
+        text = f'{{"format": "{records.FORMAT}", "more": {nested}}}'
+        (copy / "report.json").write_text(text)
+        with pytest.raises(UserError, match=r"is not as it was written|is not a prepared data set"):
+            read_report(copy)
+
+
+def test_a_pipe_in_place_of_the_report_is_not_waited_for(copy: Path):
+    (copy / "report.json").unlink()
+    os.mkfifo(copy / "report.json")
+    assert not is_prepared(copy)
+
+
+# Records
+
+
+def train_file(folder: Path) -> Path:
+    return next(folder.glob("records/*train*"))
+
+
+UNREADABLE = r"is damaged: records/faces-train\.array_record-00000-of-00001 cannot be read\. Delete"
+
+
+def flipped(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def pixels_in(path: Path, image: np.ndarray) -> int:
+    """Where in a file of records the pixels of an image lie: they are not packed."""
+    return path.read_bytes().index(image.tobytes())
+
+
+def test_one_wrong_bit_in_an_image_is_an_error_and_the_other_images_are_read(
+    prepared: Path, copy: Path
+):
+    expected = Images(prepared, "train").read(np.arange(20))
+    flipped(train_file(copy), pixels_in(train_file(copy), expected[7]) + 99)
+    images = Images(copy, "train")
+    for read in (lambda: images.read(np.array([3, 7])), lambda: images.texts(7)):
+        with pytest.raises(UserError, match=UNREADABLE):
+            read()
+    others = np.delete(np.arange(20), 7)
+    assert np.array_equal(images.read(others), expected[others])
+
+
+def test_a_stream_ends_in_the_same_error_though_other_threads_read(prepared: Path, copy: Path):
+    image = Images(prepared, "train").read(np.array([7]))[0]
+    flipped(train_file(copy), pixels_in(train_file(copy), image))
+    images = Images(copy, "train")
+    batches = stream(images, batch_size=4, seed=0)
+    with pytest.raises(UserError, match=UNREADABLE):
+        _ = [next(batches) for _ in range(len(images))]
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 0)])
+def test_records_that_vanish_after_the_set_was_opened_are_an_error(
+    copy: Path, damage: Callable[[Path], None]
+):
+    images = Images(copy, "train")
+    damage(train_file(copy))
+    with pytest.raises(UserError, match=UNREADABLE):
+        images.read(np.array([0]))
+    with pytest.raises(UserError, match=UNREADABLE):
+        next(stream(images, batch_size=4, seed=0))
+
+
+def test_no_wrong_bit_of_a_record_file_changes_an_image(prepared: Path, copy: Path):
+    """Each of many bits, of those that say something: the rest of such a file is zeros."""
+    path, chance, found = train_file(copy), random.Random(0), set()
+    whole = path.read_bytes()
+    places = [place for place, byte in enumerate(whole) if byte]
+    everything = np.arange(len(Images(prepared, "train")))
+    expected = Images(prepared, "train").read(everything)
+    for place in chance.sample(places, 60):
+        flipped(path, place)
+        try:
+            assert np.array_equal(Images(copy, "train").read(everything), expected)
+            found.add("the same")
+        except UserError:
+            found.add("an error")
+        path.write_bytes(whole)
+    assert "an error" in found
+
+
+# Whatever happens
+
+
+def some_bytes(data: bytes, chance: random.Random) -> bytes:
+    """One change to a file that knows nothing of what is in it."""
+    start = chance.randrange(len(data))
+    end = min(len(data), start + chance.randint(1, 40))
+    flipped = bytes([data[start] ^ 1 << chance.randrange(8)])
+    return chance.choice(
+        [
+            data[:start] + flipped + data[start + 1 :],
+            data[:start] + chance.randbytes(end - start) + data[end:],
+            data[:start] + data[end:],
+            data[:start],
+            data[:end] + data[start:end] + data[end:],
+            data + data[start:],
+        ]
+    )
+
+
+def deep(levels: int) -> Any:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def some_value(data: bytes, chance: random.Random) -> bytes:
+    """One change to a value of a JSON file: it goes, or becomes of another kind."""
+    whole = json.loads(data)
+    places = list(values(whole))
+    parent, key = chance.choice(places)
+    strange = [None, True, "", "x", "../../x", "\ud800", "nul\0", -1, 0, 1e308, 10**30, 1 << 64, {}]
+    strange += [float("nan"), deep(3), deep(900), {"16": [16]}, str(parent[key]), [parent[key]]]
+    if chance.random() < 0.25:
+        del parent[key]
+    else:
+        parent[key] = chance.choice(strange)
+    return json.dumps(whole).encode()
+
+
+def values(node: Any) -> Any:
+    """Where in a JSON value others lie."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        if isinstance(node[key], dict | list):
+            yield from values(node[key])
+
+
+def opened(folder: Path) -> list[bytes]:
+    """As training opens a set: some images of every split."""
+    records.check(folder)
+    records.builder(folder)
+    splits = [Images(folder, split) for split in SPLITS]
+    return [
+        images.read(np.array([i])).tobytes()
+        for images in splits
+        for i in range(min(2, len(images)))
+    ]
+
+
+FILES = ("report.json", "records/dataset_info.json", "records/features.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [some_bytes, some_value])
+def test_no_damage_to_metadata_does_worse_than_an_error_for_people(
+    prepared: Path, copy: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
+):
+    whole, chance, expected = (copy / name).read_bytes(), random.Random(name), opened(prepared)
+    refused = 0
+    for _ in range(35):
+        (copy / name).write_bytes(damage(whole, chance))
+        try:
+            assert opened(copy) == expected
+        except UserError:
+            refused += 1
+    assert refused > 25  # the others changed nothing that is said, such as a space
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("damage", [some_bytes, some_value])
+def test_nor_do_metadata_of_somebody_who_knows_how_they_are_sealed(
+    copy: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
+):
+    whole, chance, report = (copy / name).read_bytes(), random.Random(name), read_report(copy)
+    (copy / "report.json").unlink()
+    found = set()
+    for _ in range(35):
+        (copy / name).write_bytes(damage(whole, chance))
+        sealed = records.complete(report, copy)
+        (copy / "report.json").write_text(json.dumps(sealed))
+        try:
+            opened(copy)
+            found.add("images")
+        except UserError:
+            found.add("an error")
+        (copy / "report.json").unlink()
+    assert found == {"images", "an error"}
