@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_what_a_later_version_would_leave_out_of_a_report_is_missed(copy: Path):
     (copy / "report.json").write_text(json.dumps(sealed))
     with pytest.raises(UserError, match=r'is damaged: report\.json has no "files"'):
         builder(copy)
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "type"])
+def test_no_class_is_imported_because_metadata_name_it(copy: Path, tmp_path: Path, key: str):
+    (tmp_path / "sneaked_in.py").write_text("raise SystemExit('it was imported')")
+    features = copy / "records" / "features.json"
+    named = json.loads(features.read_text())
+    named["featuresDict"]["features"]["path"][key] = "sneaked_in.Text"
+    features.write_text(json.dumps(named))
+    report = read_report(copy)
+    (copy / "report.json").unlink()
+    (copy / "report.json").write_text(json.dumps(records.complete(report, copy)))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(UserError, match="its metadata cannot be read"):
+            builder(copy)
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 def test_lists_in_lists_too_deep_to_be_read_are_an_error(copy: Path):

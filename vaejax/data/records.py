@@ -55,11 +55,17 @@ class Record(Texts):
 
 def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotations are wrong
     """TFDS's reader of a prepared set: `builder(folder).as_data_source("train")[0]["image"]`."""
-    check(prepared)
+    size = check(prepared)["size"]
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
 
+    folder = Path(prepared) / "records"
     try:
-        return tfds.builder_from_directory(os.fspath(Path(prepared) / "records"))
+        # TFDS imports whatever class is named there
+        found = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+        if found != json.loads(json_format.MessageToJson(features(size).to_proto())):
+            raise ValueError("other features")
+        return tfds.builder_from_directory(os.fspath(folder))
     except Exception:  # whatever its parsers of JSON make of damage
         raise damaged(prepared, "its metadata cannot be read") from None
 
