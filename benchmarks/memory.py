@@ -1,7 +1,7 @@
 """Memory: does a long run stay as large as it was, and what do the report's runs need?
 
     python benchmarks/memory.py --json memory.json
-    python benchmarks/memory.py --epochs 300 --only slope
+    python benchmarks/memory.py --epochs 300 --only slope --plot memory.png
 
 slope   1,500 epochs of five updates, the students' schedule, with pictures, film, metrics and
         checkpoints, scaled down to 160 drawn faces of 16 pixels. The memory of the whole process
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from matplotlib.figure import Figure
 
 from vaejax.data.demo import drawn_faces
 
@@ -106,6 +107,22 @@ def slope(epochs: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def plot(line: dict[str, Any], path: Path) -> None:
+    """The memory of the process tree after each epoch."""
+    epochs, memory = np.array(line["points"], float).T
+    figure = Figure(figsize=(8, 3), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    axes.plot(epochs, memory / 2**20, lw=1)
+    axes.set(
+        xlabel="epoch",
+        ylabel="MiB",
+        ylim=(0, 1.2 * memory.max() / 2**20),
+        title=f"RAM of a run: {line['kib_per_epoch']:+.1f} KiB an epoch over the second half",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
 def peak(arguments: tuple[str, ...], folder: Path) -> dict[str, Any]:
     process = start(folder, *arguments)
     watched, largest = psutil.Process(process.pid), 0
@@ -125,9 +142,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1500, help="of the long run")
     parser.add_argument("--only", choices=("slope", "peaks"), help="one of the two")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--plot", type=Path, help="draw the memory by epoch, as a PNG")
     given = parser.parse_args()
     if given.epochs < 20:
         parser.error(f"--epochs {given.epochs}: a line needs at least 20")
+    if given.plot and given.only == "peaks":
+        parser.error("--plot shows the slope, which --only peaks leaves out")
     found: dict[str, Any] = {"machine": platform.platform(), "python": sys.version}
     if given.only != "peaks":
         with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +158,8 @@ def main() -> None:
             f"half, from {line['middle_mib']:,.0f} to {line['end_mib']:,.0f} MiB",
             flush=True,
         )
+        if given.plot:
+            plot(line, given.plot)
     if given.only != "slope":
         print(f"{'peak':<28}{'host':>11}{'device':>11}")
         found["peaks"] = {}

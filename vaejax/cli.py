@@ -1,5 +1,6 @@
 """The command line: how it is read, and how its errors are told; what the experiments share."""
 
+import errno
 import io
 import os
 import re
@@ -46,12 +47,15 @@ def unbroken() -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.close()
         sys.stdout, sys.stderr = old
         signal.signal(signal.SIGHUP, hangup)
 
 
 class Unbroken(io.TextIOBase):
-    """A stream of which everything is lost that cannot be written."""
+    """A stream that never fails: what a full disk does not take waits for the next writing, what
+    nobody reads any more is lost."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -65,20 +69,25 @@ class Unbroken(io.TextIOBase):
     def flush(self) -> None:
         self._trying(self._stream.flush)
 
+    def close(self) -> None:
+        """Leave nothing in the stream that could fail later, and the stream itself open."""
+        self._trying(self._stream.flush, last=True)
+
     def isatty(self) -> bool:
         return self._stream.isatty()
 
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def _trying(self, act: Callable[[], Any]) -> None:
+    def _trying(self, act: Callable[[], Any], *, last: bool = False) -> None:
         try:
             act()
-        except OSError:
-            # for what is still in the buffer, and for all that others write there
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-                self._stream.flush()
+        except OSError as error:
+            if last or error.errno in (errno.EPIPE, errno.EIO):
+                # for what is still in the buffer, and for all that others write there
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                    self._stream.flush()
 
 
 def experiment(main: Callable[[Flags], None], config: type[Flags], description: str | None) -> None:

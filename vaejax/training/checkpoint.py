@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -102,6 +103,7 @@ def save(
                 os.rename(unfinished, final)
                 flush(final.parent)
         except Exception as error:  # Orbax has many for a disk that is full
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # which it leaves
             if parallel.is_first():
                 clear(folder)
             raise _as_os_error(error) from error
@@ -156,11 +158,12 @@ def newest(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> dict[st
             facts = _checked(folder, step)
         except manifest.Damaged as damage:
             wrong.append(f"{path(folder, step).name}: {damage}")
-            print(
-                f"warning: the checkpoint of update {step:,} is damaged: {damage}. It was set "
-                f"aside: {_set_aside(folder, step)}",
-                file=sys.stderr,
-            )
+            text = f"the checkpoint of update {step:,} is damaged: {damage}. It "
+            try:
+                aside = _set_aside(folder, step)
+            except OSError as error:
+                raise CheckpointError(f"{text}cannot be set aside: {error.strerror}") from None
+            print(f"warning: {text}was set aside: {aside}", file=sys.stderr)
             continue
         # whether the images are those of the run was settled when its folder was found
         if fields := differences(without_data(facts["settings"]), without_data(settings)):

@@ -8,7 +8,7 @@ class Disk:
     """What cannot be written at the moment. One line says so, and one that it can be again."""
 
     def __init__(self) -> None:
-        self.failing: dict[str, str] = {}  # what, and why
+        self.failing: dict[str, OSError] = {}  # what, and why
         self.say: Callable[[str], None] = print
 
     @contextmanager
@@ -17,13 +17,13 @@ class Disk:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or str(error)
-            if self.failing.get(what) != reason:
+            known = self.failing.get(what)
+            if known is None or known.errno != error.errno:
                 self.say(
-                    f"warning: {what} cannot be written: {reason}. Training goes on, and tries "
-                    "again when the next is due"
+                    f"warning: {what} cannot be written: {error.strerror or error}. Training goes "
+                    "on, and tries again when the next is due"
                 )
-            self.failing[what] = reason
+            self.failing[what] = error
         else:
             if self.failing.pop(what, None) is not None:
                 self.say(f"{what} can be written again")

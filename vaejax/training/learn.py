@@ -17,12 +17,12 @@ from vaejax.data import batches as data
 from vaejax.errors import DivergedError, StorageError, UserError
 from vaejax.log import duration
 from vaejax.objectives import Loss
-from vaejax.training import checkpoint, memory, page, parallel, programs, run
+from vaejax.training import checkpoint, memory, page, parallel, programs, run, saving
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
 from vaejax.training.disk import Disk
 from vaejax.training.divergence import Watch
-from vaejax.training.plan import Schedule
+from vaejax.training.plan import Schedule, disk_needed, warn_of_disk
 from vaejax.training.resident import Resident, fits
 from vaejax.training.state import TrainState, init
 from vaejax.training.stop import Stop
@@ -90,6 +90,8 @@ def learn(
         micro_batches=recipe.micro_batches,
     )
     held = programs.state_bytes(state)
+    if start == 0:
+        warn_of_disk(folder, disk_needed(config, recipe, plan, checkpoint=held))
     print(memory.refuse_too_much(train_step.memory, held, recipe, devices))
     print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
     eval_step = programs.compile_eval_step(loss, devices=devices)
@@ -111,7 +113,7 @@ def learn(
             per_epoch=plan.per_epoch,
             advice=_advice(recipe),
             sources=partial(_sources, images, recipe, config),
-            last_good=partial(_last, folder),
+            last_good=partial(saving.last, folder),
             write=parallel.is_first(),
         )
         saved, programs_known = time.monotonic(), None
@@ -157,14 +159,14 @@ def learn(
                 # what was not applied has changed nothing since the last checkpoint that was due
                 if ((late or done % config.checkpoint_steps == 0) and watch.catch_up()) or ends:
                     watch.catch_up()
-                    _save(folder, state, batches, settings, config, disk, diary)
+                    saving.save(folder, state, batches, settings, config, disk, diary)
                     saved = time.monotonic()
                 if ends and not last:
                     if asked:
                         stop.signal = stop.signal or signal.SIGTERM
                     if diary:
                         diary.stopped(done, saved=not disk.failing)
-                    _refuse_unsaved(folder, disk)
+                    saving.refuse_unsaved(folder, disk)
                     if full:
                         raise guard.stopped(full, recipe=recipe)
                     return
@@ -179,7 +181,7 @@ def learn(
             raise told from None
         if diary:
             diary.finished(state)
-        _refuse_unsaved(folder, disk)
+        saving.refuse_unsaved(folder, disk)
 
 
 def _found(
@@ -209,45 +211,6 @@ def _found(
             file=sys.stderr,
         )
     return checkpoint.restore(folder, facts, like, batches, sharding=sharding)
-
-
-def _save(
-    folder: Path,
-    state: TrainState,
-    batches: grain.DatasetIterator,
-    settings: Mapping[str, Any],
-    config: Config,
-    disk: Disk,
-    diary: Diary | None,
-) -> None:
-    """Write a checkpoint, or say that it could not be written."""
-    with disk.tries(CHECKPOINT):
-        if diary:
-            diary.before_a_checkpoint()
-        checkpoint.save(folder, state, batches, settings=settings, keep=config.keep)
-    parallel.release()
-    if diary and CHECKPOINT not in disk.failing:
-        diary.after_a_checkpoint(int(state.step))
-
-
-CHECKPOINT = "a checkpoint"
-
-
-def _refuse_unsaved(folder: Path, disk: Disk) -> None:
-    """StorageError for a run at whose end the disk still did not take something."""
-    if disk.failing:
-        what = "; ".join(f"{name} ({reason})" for name, reason in disk.failing.items())
-        last = _last(folder)
-        kept = f"The last checkpoint is {last}" if last else "There is no checkpoint"
-        raise StorageError(
-            f"not everything could be written to {folder}: {what}. {kept}; make room, and the same "
-            "command goes on from there"
-        )
-
-
-def _last(folder: Path) -> Path | None:
-    steps = checkpoint.steps(folder)
-    return checkpoint.path(folder, steps[-1]) if steps else None
 
 
 def _sources(images: data.Images, recipe: Recipe, config: Config, update: int) -> list[str]:

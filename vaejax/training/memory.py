@@ -1,6 +1,7 @@
 """Will a step fit, and does a run leave enough to save itself?"""
 
 import sys
+import time
 
 from vaejax import log, memory
 from vaejax.errors import MemoryLowError, UserError, VaejaxError
@@ -10,6 +11,7 @@ from vaejax.training.config import Recipe
 
 # What stays free besides a copy of the state: one part in so many, and so many bytes at least.
 SHARE, LEAST = 32, 128 << 20
+SECONDS = 0.2  # between two looks: one takes as long as a small update on a fast device
 
 
 class Guard:
@@ -17,11 +19,15 @@ class Guard:
     bytes of RAM that a person wants it to hold, if there is such a limit."""
 
     def __init__(self, state: int, *, most: int | None):
+        self._looked = -float("inf")
         self._needed = state + max(memory.limit() // SHARE, LEAST)
         self._most = most
 
     def full(self) -> str:
-        """What is full, in words; empty while all is well."""
+        """What is full, in words; empty while all is well, or was a moment ago."""
+        if time.monotonic() - self._looked < SECONDS:
+            return ""
+        self._looked = time.monotonic()
         if self._most is not None and (held := log.memory()) > self._most:
             return f"the run holds {size(held)} of RAM, more than --max-ram {self._most / 2**30:g}"
         if (left := memory.room()) < self._needed:

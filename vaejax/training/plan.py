@@ -1,8 +1,11 @@
 """What a run is going to do, said before it does it: updates, layers, memory, disk, time."""
 
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +102,23 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
     return Measured(compiling, min(seconds[1:]), memory, checkpoint, finite)
 
 
+def disk_needed(config: Config, recipe: Recipe, plan: Schedule, *, checkpoint: int) -> int:
+    """Bytes that a run will write, about: checkpoints of so many each, one more while it is
+    written, and the pictures."""
+    pictures = plan.epochs * PICTURES * (recipe.model.size / 64) ** 2
+    return round((config.keep + 1) * checkpoint + pictures)
+
+
+def warn_of_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        print(
+            f"warning: a run of this kind needs about {size(needed)} of disk, {size(free)} are "
+            f"free in {folder}: --keep 1 needs less",
+            file=sys.stderr,
+        )
+
+
 def operations(recipe: Recipe) -> float:
     """Multiplications and additions in an update, about, as XLA counts them."""
     model, optimizer = recipe.model, build_adam(recipe, updates=1)
@@ -118,8 +138,7 @@ def forecast(
     `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
     """
     model, found = recipe.model, measure(recipe, devices=devices, updates=plan.updates)
-    pictures = plan.epochs * PICTURES * (model.size / 64) ** 2
-    disk = round((config.keep + 1) * found.checkpoint + pictures)
+    disk = disk_needed(config, recipe, plan, checkpoint=found.checkpoint)
     pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
     where = "host" if parallel.on_cpu() else "device" if devices.count == 1 else "each device"
     return (
