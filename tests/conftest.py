@@ -15,7 +15,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is said, 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what one of them has compiled serves the others
+        folder = folder.parent
+    folder = folder / "cache"
     os.environ["XDG_CACHE_HOME"] = str(folder)  # for what the tests start as a process, too
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "vaejax" / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -5,6 +5,7 @@ what stands under a number was whole. It is compared with its manifest before it
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -257,8 +258,11 @@ def _checked(folder: Path, step: int) -> dict[str, Any]:
 def _set_aside(folder: Path, step: int) -> Path:
     aside = folder / FOLDER / DAMAGED
     aside.mkdir(exist_ok=True)
-    names = (f"{step:07}{end}" for end in ("", *(f".{n}" for n in range(1, 10**6))))
-    free = next(place for name in names if not (place := aside / name).exists())
+    free = aside / f"{step:07}"
+    for number in itertools.count(1):
+        if not free.exists():
+            break
+        free = aside / f"{step:07}.{number}"
     os.rename(path(folder, step), free)
     return free
 
