@@ -42,8 +42,8 @@ class Config:
     process_id: int | None = None  # which of the processes this is, from 0
     seed: int = 0  # of the weights, the noise, and the order of the images
     log_steps: int = 10  # updates between two lines of metrics.jsonl
-    checkpoint_steps: int = 500  # updates between two checkpoints
-    checkpoint_minutes: float = 5.0  # minutes after which a checkpoint is written anyway
+    checkpoint_minutes: float = 3.0  # minutes between two checkpoints
+    checkpoint_steps: int | None = None  # updates after which one is written anyway (none: never)
     keep: int = 3  # checkpoints that are kept
     max_ram: float | None = (
         None  # GiB: a run that holds more saves itself and ends (none: no limit)

@@ -148,6 +148,7 @@ def learn(
                         diary.epoch_ends(state, line, step=done, epoch=epoch)
                     programs_known = _say_compiled(programs_known)
                 late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+                due = config.checkpoint_steps is not None and done % config.checkpoint_steps == 0
                 asked, full = stop.signal is not None, guard.full()
                 if not parallel.alone():  # which stop and save at the same update
                     meet = n % config.log_steps == 0
@@ -157,7 +158,7 @@ def learn(
                     full = (full or "another process is short of memory") if any_full else ""
                 ends = last or asked or bool(full)
                 # what was not applied has changed nothing since the last checkpoint that was due
-                if ((late or done % config.checkpoint_steps == 0) and watch.catch_up()) or ends:
+                if ((late or due) and watch.catch_up()) or ends:
                     watch.catch_up()
                     saving.save(folder, state, batches, settings, config, disk, diary)
                     saved = time.monotonic()
