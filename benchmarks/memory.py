@@ -80,7 +80,7 @@ def ended(process: subprocess.Popen, folder: Path) -> str:
 def slope(epochs: int, folder: Path) -> dict[str, Any]:
     process = start(
         folder, "--recipe", "quick", "--size", "16", "--batch-size", "28", "--epochs", str(epochs),
-        "--log-steps", "5",
+        "--log-steps", "5", "--checkpoint-steps", "250",
     )  # fmt: skip
     metrics, seen, points = folder / "run" / "metrics.jsonl", 0, []
     watched = psutil.Process(process.pid)
