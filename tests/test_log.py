@@ -1,12 +1,14 @@
 """A run that goes on writes every step once."""
 
 import json
+import resource
+import struct
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from vaejax.log import Metrics, duration, size
+from vaejax.log import Event, Metrics, duration, lines, size
 
 
 def steps(folder: Path) -> list[tuple[int, str]]:
@@ -34,6 +36,45 @@ def test_going_on_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path):
         pass
     train = [(step, "train") for step in range(4)]
     assert sorted(steps(tmp_path)) == sorted([*train, (2, "validation"), (4, "validation")])
+
+
+def test_lines_that_a_full_disk_did_not_take_are_written_when_there_is_room(tmp_path: Path):
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    line = {"epoch": 1, "split": "train", "figures": {"loss": 1.0}}
+    with closing(Metrics(tmp_path, step=0)) as metrics:
+        metrics.write(step=0, **line)
+        there = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (there + 10, most[1]))  # half of the next one
+        try:
+            for step in (1, 2):
+                with pytest.raises(OSError, match="too large"):
+                    metrics.write(step=step, **line)
+            with pytest.raises(OSError, match="too large"):
+                metrics.sync()
+            assert (tmp_path / "metrics.jsonl").stat().st_size == there + 10
+            assert [entry["step"] for _, entry in lines(tmp_path / "metrics.jsonl")] == [0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        metrics.sync()
+        assert steps(tmp_path) == [(0, "train"), (1, "train"), (2, "train")]
+        metrics.write(step=3, **line)
+    assert [step for step, _ in steps(tmp_path)] == [0, 1, 2, 3]
+    found = {e.step for e in shown(tmp_path) if e.summary.value}
+    assert found == {0, 1, 2, 3}
+
+
+def shown(folder: Path) -> list:
+    """What TensorBoard reads, file by file; of one that was cut off, what comes before."""
+    events = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while len(data) >= 16:
+            (size,) = struct.unpack("Q", data[:8])
+            if len(data) < size + 16:
+                break
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[size + 16 :]
+    return events
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,10 @@ class Metrics:
     def write(self, *, step: int, epoch: int, split: str, figures: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": epoch, "split": split, **figures}
         self._unwritten += f"{json.dumps(line)}\n".encode()
-        self._flush()
-        self._board.add(line)
+        try:
+            self._flush()
+        finally:
+            self._board.add(line)
 
     def _flush(self) -> None:
         while self._unwritten:

@@ -1,5 +1,6 @@
 """Faults that are real: signals, a file system that takes no more, a terminal that goes away."""
 
+import errno
 import json
 import os
 import pty
@@ -25,6 +26,7 @@ from test_fit import PROGRAM, RECIPE, Flags, after_steps, digest, lines, start, 
 from vaejax import objectives
 from vaejax.data.batches import Images, stream
 from vaejax.errors import DivergedError, MemoryLowError, StorageError, UserError
+from vaejax.log import Metrics
 from vaejax.training import checkpoint, learn, run
 from vaejax.training.album import Album
 from vaejax.training.config import settle
@@ -169,6 +171,25 @@ def test_a_disk_that_stays_full_costs_an_exit_code_and_nothing_that_was_saved(
     assert (out / "learning.gif").exists()
 
 
+def test_no_checkpoint_knows_of_figures_that_are_not_on_the_disk(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    sync, calls = Metrics.sync, []
+
+    def refused(self: Metrics) -> None:
+        calls.append(len(checkpoint.steps(tmp_path / "run")))
+        if len(calls) < 3:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(self)
+
+    monkeypatch.setattr(Metrics, "sync", refused)
+    train(data, tmp_path / "run", checkpoint_steps=5)
+    assert calls == [0, 0, 0, 1]  # after 5, 10, 15 and 18 updates
+    assert checkpoint.steps(tmp_path / "run") == [15, 18]
+    assert capsys.readouterr().out.count("a checkpoint cannot be written: Input/output error") == 1
+    assert digest(tmp_path / "run") == digest(whole)
+
+
 def test_a_folder_that_takes_nothing_is_refused_with_the_code_of_the_disk(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -293,6 +314,12 @@ def test_three_in_a_row_end_the_run_with_the_images_they_were_learned_from(
     with pytest.raises(DivergedError):  # the same again, from the last good one
         breaking(data, [8, 9, 10])(out, checkpoint_steps=3)
     assert checkpoint.steps(out) == [3, 6]
+
+
+def test_a_run_that_diverges_ends_two_updates_later(data: Path, tmp_path: Path):
+    with pytest.raises(DivergedError, match="at step 8"):
+        breaking(data, [6, 7, 8])(tmp_path / "run")
+    assert max(line["step"] for line in lines(tmp_path / "run")) == 8  # and not 10, nor its end
 
 
 def test_held_out_figures_that_are_no_numbers_end_the_run(
