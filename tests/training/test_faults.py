@@ -1,6 +1,7 @@
 """Faults that are real: signals, a file system that takes no more, a terminal that goes away."""
 
 import errno
+import fcntl
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,6 +85,12 @@ def command(data: Path, out: Path) -> list[str]:
     return [sys.executable, "-c", guarded]
 
 
+def at_a_terminal() -> None:
+    """What a shell does for its child."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_a_terminal_that_is_gone_does_not_end_a_run(whole: Path, data: Path, tmp_path: Path):
     out = tmp_path / "run"
     ours, theirs = pty.openpty()
@@ -92,7 +100,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(whole: Path, data: Path, tmp
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0),  # TIOCSCTTY: it is its own
+        preexec_fn=at_a_terminal,
     )
     os.close(theirs)
     while process.poll() is None and (not (out / "metrics.jsonl").exists()):
