@@ -212,8 +212,21 @@ def weights(folder: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTre
 
     Raises CheckpointError where there are none yet, or all are damaged or of another model.
     """
+    while True:
+        there = steps(folder)
+        try:
+            return _newest_weights(folder, model, there)
+        except CheckpointError:
+            if steps(folder) == there:
+                raise
+            # or else the run is alive, and has just put another one in the place of that
+
+
+def _newest_weights(
+    folder: Path, model: autoencoder.Autoencoder, there: list[int]
+) -> tuple[PyTree, PyTree]:
     wrong = []
-    for step in reversed(steps(folder)):
+    for step in reversed(there):
         try:
             facts = _checked(folder, step)
         except manifest.Damaged as damage:
