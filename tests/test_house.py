@@ -26,11 +26,17 @@ ALLOWED = {
         "cache", "data", "errors", "files", "generate", "log", "memory", "models", "native",
         "objectives", "pictures", "__init__",
     },
+    "evaluation": {
+        "cache", "data", "distributions", "errors", "files", "generate", "log", "models",
+        "objectives", "pictures", "training", "__init__",
+    },
     "machine": {
         "cache", "errors", "log", "memory", "models", "native", "objectives", "training",
         "__init__",
     },
-    "commands": {"data", "errors", "generate", "machine", "models", "pictures", "training"},
+    "commands": {
+        "data", "errors", "evaluation", "generate", "machine", "models", "pictures", "training",
+    },
     "cli": {"commands", "errors", "training"},
     "__init__": set(),
 }  # fmt: skip
