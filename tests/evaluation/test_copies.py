@@ -23,7 +23,7 @@ def test_the_nearest_is_that_of_all_pairs(training, draw, at_a_time, monkeypatch
     found = nearest(images, training, at_a_time=at_a_time)
     differences = images[:, None].astype(float) - training[None]
     exact = np.sqrt(np.mean((differences / 255) ** 2, axis=(2, 3, 4)))
-    np.testing.assert_array_equal(found.index, exact.argmin(axis=1))
+    np.testing.assert_array_equal(found.place, exact.argmin(axis=1))
     np.testing.assert_allclose(found.distance, exact.min(axis=1), rtol=1e-5)
 
 
@@ -35,7 +35,7 @@ def test_planted_copies_are_found(training, draw):
         samples[sample] = training[original]
     samples[77, 0, 0, 0] ^= 1  # by a hair another one
     found = nearest(samples, training, at_a_time=20)
-    assert {i: found.index[i] for i in planted} == planted
+    assert {i: found.place[i] for i in planted} == planted
     assert found.distance[5] == 0
     assert 0 < found.distance[77] < 1e-3
     near = np.flatnonzero(found.distance < np.quantile(held_out, copies.RARE))

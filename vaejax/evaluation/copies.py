@@ -15,7 +15,7 @@ LEAST = 100  # held-out images, for the nearest hundredth of them to be one
 
 
 class Nearest(NamedTuple):
-    index: Int[np.ndarray, " n"]  # of the training image
+    place: Int[np.ndarray, " n"]  # of the training image
     distance: Float[np.ndarray, " n"]
 
 
@@ -78,9 +78,7 @@ class Share(NamedTuple):
     error: float  # standard error of the share, by the number of the faces
 
 
-def share_near(
-    distances: Float[np.ndarray, " n"], held_out: Float[np.ndarray, " m"]
-) -> Share:
+def share_near(distances: Float[np.ndarray, " n"], held_out: Float[np.ndarray, " m"]) -> Share:
     """The share of faces that lie nearer to a training face than 99 in 100 held-out faces do.
 
     A generator that has learned the distribution and not the faces has 0.01, one that gives its

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from vaejax.data.batches import Images
 from vaejax.evaluation import latents, likelihood
 from vaejax.evaluation.figures import Estimate
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.objectives import to_uint8
 from vaejax.training.step import image_keys
 
 PIXELS = 2**19  # of a batch: 128 images of 64 x 64
@@ -119,7 +118,9 @@ def walk(
             if value is not None:
                 columns[name].append(np.asarray(value[:count]))
         look(Batch(images[:count], np.asarray(found.reconstructions[:count])))
-    whole = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
+    whole: dict[str, Any] = {
+        name: np.concatenate(parts) if parts else None for name, parts in columns.items()
+    }
     return Walked(**whole)
 
 

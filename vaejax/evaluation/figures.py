@@ -61,7 +61,10 @@ FIGURES = {
     "coverage": Figure(FACES, "", "higher", "share of held-out faces with one of these near"),
     "mmd": Figure(PRIOR, "", "0", "squared MMD of codes from N(0, I), of at most 1"),
     "index_code": Figure(
-        PRIOR, "nats/image", "", "share of the rate that tells the images apart: ≤ log of their number"
+        PRIOR,
+        "nats/image",
+        "",
+        "the share of the rate that tells images apart (≤ log of their number)",
     ),
     "marginal_kl": Figure(
         PRIOR, "nats/image", "lower", "the rest of the rate: KL(q(z) ‖ N(0, I)) of all codes"
@@ -82,7 +85,7 @@ FIGURES = {
     ),
     "copies_features": Figure(MEMORY, "", "0", "the same by features"),
     "copies_person": Figure(MEMORY, "", "0", "the same to a training person's mean features"),
-    "persons": Figure(MEMORY, "persons", "higher", "persons that the nearest faces belong to, effectively"),
+    "persons": Figure(MEMORY, "persons", "higher", "effective number of persons nearest to them"),
 }
 
 
