@@ -148,9 +148,14 @@ def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:
-    numbers = all(isinstance(value, int | float) for key, value in entry.items() if key != "split")
-    counts = all(isinstance(entry.get(name), int) for name in ("step", "epoch"))
+    numbers = all(_is_number(value) for key, value in entry.items() if key != "split")
+    counts = all(isinstance(n := entry.get(k), int) and n >= 0 for k in ("step", "epoch"))
     return numbers and counts and entry.get("split") in ("train", "validation")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one, of which sums and pictures can be made."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 class Progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_fit import MODEL, RECIPE, digest, train
+from test_fit import MODEL, RECIPE, digest, leave, train
 
 from vaejax import commands, machine
 from vaejax.data import batches as data_batches
@@ -133,11 +133,31 @@ def test_a_manifest_that_was_forged_with_its_files_is_still_not_the_state(folder
         restored(folder, newest(folder))
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [{"settings": None}, {"settings": 3}, {"versions": []}, {"state": 0}, {"step": "18"}],
+)
+def test_a_manifest_that_was_forged_is_damaged_and_no_traceback(folder: Path, facts: dict, capsys):
+    forge(folder, **facts)
+    assert newest(folder)["step"] == 14
+    assert "update 18 is damaged: manifest.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", [None, [], {"a": 1}, {"a": {"bytes": "1", "sha256": "2"}}])
+def test_a_manifest_whose_files_are_no_files_is_damaged(folder: Path, files: object, monkeypatch):
+    path = checkpoint.path(folder, 18) / manifest.NAME
+    content = json.loads(path.read_text()) | {"files": files}
+    del content["sha256"]
+    path.write_text(json.dumps({"sha256": manifest._sum(content), **content}))
+    with pytest.raises(manifest.Damaged, match="which files there are"):
+        manifest.check(path.parent)
+
+
 def test_a_run_goes_on_from_the_one_before_and_ends_as_it_would_have(
     whole: Path, folder: Path, data: Path, capsys
 ):
     shutil.rmtree(checkpoint.path(folder, 18))
-    run.record(folder, "stopped", devices="")
+    leave(folder, "stopped")
     largest = max(checkpoint.path(folder, 14).rglob("*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(flipped(largest.read_bytes()))
     train(data, folder)
@@ -148,7 +168,7 @@ def test_a_run_goes_on_from_the_one_before_and_ends_as_it_would_have(
 def test_where_none_is_whole_nothing_starts_from_zero(folder: Path, data: Path):
     for step in checkpoint.steps(folder):
         (checkpoint.path(folder, step) / manifest.NAME).write_text("{}")
-    run.record(folder, "stopped", devices="")
+    leave(folder, "stopped")
     metrics = (folder / "metrics.jsonl").read_bytes()
     for _ in range(2):  # nor when they are all set aside
         with pytest.raises(CheckpointError, match="--fresh") as caught:
@@ -181,7 +201,7 @@ def test_pictures_are_drawn_with_the_newest_whole_weights_and_nothing_is_moved(
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder: Path):
     settings = run.read(folder)
     other = {**settings, "seed": 3, "model": {**settings["model"], "latent_dim": 5}}
-    forge(folder, settings=identity.identity(other))
+    forge(folder, settings=other)
     with pytest.raises(CheckpointError, match=r"model.latent_dim 5 → 4; seed 3 → 0"):
         newest(folder)
     with pytest.raises(CheckpointError, match=r"another model .* model.latent_dim 5 → 4"):
@@ -214,6 +234,10 @@ def test_the_old_ones_go_when_the_new_one_is_whole_and_not_before(
         with pytest.raises(OSError, match="No space"):
             save(state=state._replace(step=state.step + 21))
     assert checkpoint.steps(folder) == [18, 20]
+    checkpoint.path(folder, 9_999_999).mkdir()  # not ours, nor one to be counted
+    checkpoint.path(folder, 3).write_text("")
+    save(state=state._replace(step=state.step + 22), keep=1)
+    assert checkpoint.steps(folder) == [3, 22, 9_999_999]
     assert [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
@@ -227,7 +251,7 @@ def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
     half = folder / "checkpoints" / ".partial-0000099"
     shutil.copytree(checkpoint.path(folder, 18), half)
     shutil.copytree(half, half.with_name(half.name + ".orbax-checkpoint-tmp"))
-    run.record(folder, "stopped", devices="")
+    leave(folder, "stopped")
     assert newest(folder)["step"] == 18
     train(data, folder)
     assert checkpoint.steps(folder) == [7, 14, 18]
@@ -237,10 +261,10 @@ def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
 def test_other_versions_are_one_warning(
     folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    run.record(folder, "stopped", devices="")
+    leave(folder, "stopped")
     train(data, folder)
     assert "other versions" not in capsys.readouterr().err
-    run.record(folder, "stopped", devices="")
+    leave(folder, "stopped")
     now = run.versions()
     monkeypatch.setattr(run, "versions", lambda: {**now, "flax": "99.0"})
     train(data, folder)
@@ -308,28 +332,34 @@ def test_a_file_that_somebody_edited_is_an_error_for_people_or_does_no_harm(
     settings, path = run.read(folder), folder / name
     content = path.read_bytes()
     monkeypatch.setattr(checkpoint, "_weights", lambda place, model: (place, model))
+
+    def write_page() -> None:
+        page.write(folder, run.read(folder), run.read(folder, "run.json"))
+
     acts: dict[str, list[Callable[[], object]]] = {
         "config.json": [
             lambda: identity.choose(
                 "tiny", settings, out=folder, fresh=False, accept_changed_data=False
             ),
             lambda: commands.load(str(folder)),
+            write_page,
         ],
         "run.json": [
             lambda: run.standing(folder),
-            lambda: run.record(folder, "running", devices="", saved=1),
+            lambda: run.describe(settings, devices="", before=run.remembered(folder)),
+            write_page,
         ],
     }
     messages: list[str] = []
     for _ in range(100):
         broken = mutated(content, chance)
-        for act in (*acts[name], lambda: page.write(folder)):
+        for act in acts[name]:
             path.write_bytes(broken)
             try:
                 act()
             except VaejaxError as error:
                 messages.append(str(error))
-    assert len(messages) > 100
+    assert len(messages) > 50
     assert [text for text in messages if "\n" in text or len(text) > 3000] == []
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_fit import PROGRAM, RECIPE, Flags, after_steps, digest, lines, start, train
+from test_fit import PROGRAM, RECIPE, Flags, after_steps, digest, leave, lines, start, train
 
 from vaejax import objectives
 from vaejax.data.batches import Images, stream
@@ -363,7 +363,7 @@ def test_images_that_changed_are_refused_with_their_number_unless_they_are_accep
     out = tmp_path / "run" if named else None
     first = train(folder, out, steps=3)
     assert first is not None
-    run.record(first, "stopped", devices="")  # more is to come
+    leave(first, "stopped")  # more is to come
     change(folder)
     before = (first / "config.json").read_bytes()
     with pytest.raises(UserError, match="2 added, 3 removed, 1 changed") as caught:

@@ -30,7 +30,7 @@ from vaejax.errors import CheckpointError
 from vaejax.files import PARTIAL, flush
 from vaejax.models import autoencoder
 from vaejax.training import manifest, parallel, run
-from vaejax.training.identity import differences, identity, without_data
+from vaejax.training.settings import differences, without_data
 from vaejax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -48,6 +48,21 @@ def steps(folder: Path) -> list[int]:
     names = os.listdir(folder / FOLDER) if (folder / FOLDER).is_dir() else []
     numbers = (int(name) for name in names if re.fullmatch(r"[0-9]{7,}", name))
     return sorted(step for step in numbers if path(folder, step).name in names)
+
+
+def is_finished(folder: Path, step: int) -> bool:
+    """Whether a checkpoint was written to its end there; not whether it is still whole."""
+    return (path(folder, step) / manifest.NAME).is_file()
+
+
+def settings(folder: Path) -> dict[str, Any] | None:
+    """Those that the newest checkpoint with a whole manifest was saved with, if there is one."""
+    for step in reversed(steps(folder)):
+        try:
+            return _read(folder, step)["settings"]
+        except manifest.Damaged:
+            continue
+    return None
 
 
 def digest(state: TrainState, position: Mapping[str, Any]) -> str:
@@ -81,7 +96,7 @@ def save(
     """
     step, position = int(state.step), dict(batches.get_state())
     final = path(folder, step)
-    if not parallel.agreed(final.exists):
+    if not parallel.agreed((final / manifest.NAME).exists):
         unfinished = final.with_name(f"{PARTIAL}{final.name}")
         try:
             with _quiet():
@@ -97,7 +112,7 @@ def save(
                     "format": FORMAT,
                     "step": step,
                     "state": digest(state, position),
-                    "settings": identity(settings),
+                    "settings": dict(settings),
                     "versions": run.versions(),
                 }
                 manifest.write(unfinished, facts)
@@ -110,7 +125,9 @@ def save(
             raise _as_os_error(error) from error
         parallel.agreed(lambda: None)  # none goes on before it is there
     if parallel.is_first():
-        for old in steps(folder)[:-keep]:
+        # what is newer, or has no manifest, was put there by somebody else
+        older = [old for old in steps(folder) if old < step and is_finished(folder, old)]
+        for old in older[: max(0, len(older) - (keep - 1))]:
             gone = path(folder, old).with_name(f"{PARTIAL}{old:07}")
             os.rename(path(folder, old), gone)  # so that a kill leaves no half of it
             shutil.rmtree(gone, ignore_errors=True)
@@ -243,6 +260,8 @@ def _newest_weights(
         return _weights(path(folder, step), model)
     if wrong:
         raise CheckpointError(f"no checkpoint of {folder} can be used: {'; '.join(wrong)}")
+    if run.status(folder) == "diverged":
+        raise CheckpointError(f"{folder} diverged before its first checkpoint: it has learned none")
     raise CheckpointError(f"{folder} has no checkpoint yet: let it train for a while")
 
 
@@ -260,11 +279,21 @@ def _weights(place: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTre
 
 
 def _checked(folder: Path, step: int) -> dict[str, Any]:
-    facts = manifest.check(path(folder, step))
+    """The facts of a checkpoint of which every file is what was written."""
+    facts = _read(folder, step)
+    manifest.check(path(folder, step))
+    return facts
+
+
+def _read(folder: Path, step: int) -> dict[str, Any]:
+    facts = manifest.read(path(folder, step))
     if facts.get("format") != FORMAT or facts.get("step") != step:
         raise manifest.Damaged(
             f"{manifest.NAME} is of a {facts.get('format')} of update {facts.get('step')}"
         )
+    kinds = {"state": str, "settings": dict, "versions": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]:
+        raise manifest.Damaged(f"{manifest.NAME} has no {' and no '.join(wrong)} as it should")
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Diary:
     def __init__(
         self,
         folder: Path,
+        settings: Mapping[str, Any],
         recipe: Recipe,
         plan: Schedule,
         held_out: Images,
@@ -32,18 +34,23 @@ class Diary:
         disk: Disk,
         done: int,
     ):
-        self._folder, self._plan, self._devices = folder, plan, devices
-        run.record(folder, "running", devices=str(devices))
+        self._folder, self._settings, self._plan = folder, settings, plan
+        # kept here too: a file that is damaged meanwhile is written anew, and is no reason to end
+        self._state = run.describe(settings, devices=str(devices), before=run.remembered(folder))
+        self._record()
+        self._model = recipe.model
         self._album = Album(folder, recipe.model, held_out)
         self._progress = Progress(
             updates=plan.updates, epochs=plan.epochs, batch_size=recipe.batch_size, done=done
         )
+        if done and not (folder / "metrics.jsonl").exists():
+            print(f"warning: metrics.jsonl is gone: no figures of the first {done:,} updates")
         # of a run that is extended in the middle of an epoch, that one is validated at its end only
         validated = done % plan.per_epoch == 0 or done == plan.updates
         self._metrics = Metrics(folder, step=done, validated=validated)
         self._disk = disk
         disk.say = self._progress.say
-        page.write(folder)
+        page.write(folder, settings, self._state)
 
     def __enter__(self) -> "Diary":
         return self
@@ -74,7 +81,7 @@ class Diary:
             self._metrics.write(step=step, epoch=epoch, split="validation", figures=figures)
         self._progress.say(page.epoch_line(epoch, self._plan.epochs, figures))
         with self._disk.tries("the run's page"):
-            page.write(self._folder)
+            page.write(self._folder, self._settings, self._state)
 
     def before_a_checkpoint(self) -> None:
         """All figures onto the disk; OSError where they cannot be had there."""
@@ -82,7 +89,7 @@ class Diary:
 
     def after_a_checkpoint(self, step: int) -> None:
         with self._disk.tries("the run's state"):
-            run.record(self._folder, "running", devices=str(self._devices), saved=step)
+            self._record(saved=step)
         with self._disk.tries("a picture"):
             self._album.curves()
 
@@ -106,9 +113,13 @@ class Diary:
             self._end("stopped")
             return
         self._end("finished")
-        self._progress.say(page.what_next(self._folder))
+        self._progress.say(page.what_next(self._folder, self._model))
 
     def _end(self, status: str) -> None:
         with self._disk.tries("the run's page"):
-            run.record(self._folder, status, devices=str(self._devices))
-            page.write(self._folder)
+            self._record(status=status)
+            page.write(self._folder, self._settings, self._state)
+
+    def _record(self, **changes: Any) -> None:
+        run.write(self._folder, "config.json", self._settings)
+        self._state = run.record(self._folder, self._state, **changes)

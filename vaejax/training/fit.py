@@ -15,8 +15,10 @@ from vaejax.errors import UserError
 from vaejax.models import autoencoder
 from vaejax.training import identity, parallel, run
 from vaejax.training.config import Config, Recipe, describe_loss
+from vaejax.training.disk import refused_by_disk
 from vaejax.training.learn import learn
 from vaejax.training.plan import describe, forecast, schedule
+from vaejax.training.settings import differences, without_data
 from vaejax.training.stop import Stop
 
 
@@ -104,8 +106,15 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
                 accept_changed_data=config.accept_changed_data,
             )
             stack.enter_context(run.locked(folder))
-            if not (folder / "config.json").exists():
-                run.write(folder, "config.json", settings)
+            try:
+                there = run.read(folder)
+            except UserError:  # there is none yet, or `choose` has told what is wrong with it
+                there = None
+            if there is None:
+                with refused_by_disk(folder / "config.json"):
+                    run.write(folder, "config.json", settings)
+            elif differences(without_data(there), without_data(settings)):
+                raise UserError(f"another run was begun in {folder} at this moment: start again")
             return str(folder)
 
         folder = Path(parallel.agreed(begin))

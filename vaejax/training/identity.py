@@ -1,18 +1,17 @@
-"""Which run a command means.
-
-Whatever stands in `config.json` outside its "schedule" identifies a run: the same command finds
-its folder by it, and a folder that was made by another command refuses to go on.
-"""
+"""Which run a command means: the same command finds its folder by the settings that identify it,
+and a folder that was made by another command refuses to go on."""
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vaejax.data.changes import Changes, changes
 from vaejax.errors import UserError
 from vaejax.files import PARTIAL
-from vaejax.training import run
+from vaejax.training import checkpoint, run
+from vaejax.training.settings import differences, without_data
 
 
 def choose(
@@ -31,16 +30,17 @@ def choose(
     the images have changed meanwhile, is the same one if that is accepted, and else a UserError.
     """
     if out is None:
-        there = [] if fresh else [f for f in run.numbered(name) if _is_readable(f)]
-        mine = [f for f in there if not differences(run.read(f), settings)]
-        for folder in reversed(there if not mine else []):
-            if run.standing(folder) != "finished" and (found := changed(folder, settings)):
+        there = [] if fresh else list(_readable(name))
+        mine = [folder for folder, known in there if not differences(known, settings)]
+        for folder, known in reversed(there if not mine else []):
+            open_ = accept_changed_data or run.standing(folder) != "finished"
+            if open_ and (found := changed(known, settings)):
                 _refuse(folder, found, accept=accept_changed_data)
                 return folder
         return mine[-1] if mine else run.ROOT / f"{_next_number():05}-{name}"
     run.refuse_running(out)
-    names = [f.name for f in out.iterdir()] if out.exists() else []
-    if "config.json" not in names:
+    if not _is_run(out):
+        names = os.listdir(out) if out.exists() else []
         # a kill in the first moment leaves the lock alone
         if not all(n == "run.lock" or n.startswith(PARTIAL) for n in names):
             raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
@@ -51,9 +51,9 @@ def choose(
         except OSError as error:
             raise UserError(f"{out} cannot be moved to {aside}: {error.strerror}") from None
         print(f"{out} was kept as {aside}")
-    elif found := changed(out, settings):
+    elif found := changed(known := read(out), settings):
         _refuse(out, found, accept=accept_changed_data)
-    elif fields := differences(run.read(out), settings):
+    elif fields := differences(known, settings):
         raise UserError(
             f"cannot go on with {out}: {'; '.join(fields)} (there → in this command). "
             "Repeat the command it was made by, name another --out, or add --fresh"
@@ -61,36 +61,38 @@ def choose(
     return out
 
 
-def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by which a run is this one and no other."""
-    return {name: value for name, value in settings.items() if name != "schedule"}
+def read(folder: Path) -> dict[str, Any]:
+    """The settings of the run that lies in a folder: those of `config.json`, or, with a warning,
+    those that its newest checkpoint was saved with. UserError where neither can be read."""
+    try:
+        return run.read(folder)
+    except UserError as error:
+        known = checkpoint.settings(folder)
+        if known is None or run.problem(known, "config.json"):
+            raise UserError(
+                f"{error}, and no checkpoint tells what it held. Put it back, or start anew with "
+                "--fresh, which keeps the folder"
+            ) from None
+        print(f"warning: {error}; its newest checkpoint tells what it held", file=sys.stderr)
+        return known
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The fields by which a run is another one: "model.size 64 → 128"."""
-    old, new = _flat(there), _flat(here)
-    keys = sorted(old.keys() | new.keys())
-    values = ((k, str(old.get(k)), str(new.get(k))) for k in keys if old.get(k) != new.get(k))
-    return [f"{k[:60]} {there[:60]} → {here[:60]}" for k, there, here in values]
+def _is_run(folder: Path) -> bool:
+    """Whether a run was begun there, whatever has become of its files since."""
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    ours = {"run.json", "metrics.jsonl", checkpoint.FOLDER}
+    return "config.json" in names or ("run.lock" in names and bool(ours & names))
 
 
-def changed(folder: Path, settings: Mapping[str, Any]) -> Changes | None:
+def changed(there: Mapping[str, Any], settings: Mapping[str, Any]) -> Changes | None:
     """How the images have changed since, if a run differs in nothing but them, and they come from
     the same source and were cropped in the same way; else None."""
-    there = run.read(folder)
     if not differences(there, settings) or differences(without_data(there), without_data(settings)):
         return None
     before, after = there["schedule"], settings["schedule"]
     if before["source"] != after["source"]:
         return None
     return changes(Path(before["prepared"]), Path(after["prepared"]))
-
-
-def without_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity but for the images, and what follows from their number."""
-    left = {name: value for name, value in identity(settings).items() if name != "data"}
-    left["optimizer"] = {**left.get("optimizer", {}), "cosine_decay_updates": None}
-    return left
 
 
 def _refuse(folder: Path, found: Changes, *, accept: bool) -> None:
@@ -100,26 +102,18 @@ def _refuse(folder: Path, found: Changes, *, accept: bool) -> None:
             f"{text}. --accept-changed-data goes on with them, --fresh starts anew; or put the "
             "images back as they were"
         )
-    print(f"{text}; going on with them as they are")
+    print(f"{text}; taking them as they are")
 
 
 def _next_number() -> int:
     return 1 + max((int(folder.name[:5]) for folder in run.numbered()), default=-1)
 
 
-def _is_readable(folder: Path) -> bool:
-    try:
-        run.read(folder)
-    except UserError:
-        return False
-    return True
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if prefix or key != "schedule":
-            flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat
+def _readable(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The numbered runs, oldest first, with their settings; what cannot be read is told."""
+    for folder in run.numbered(name):
+        if _is_run(folder):
+            try:
+                yield folder, read(folder)
+            except UserError as error:
+                print(f"warning: {error}. It is left alone", file=sys.stderr)

@@ -15,12 +15,12 @@ import numpy as np
 
 from vaejax.data import batches as data
 from vaejax.errors import DivergedError, StorageError, UserError
-from vaejax.log import duration
+from vaejax.log import duration, lines
 from vaejax.objectives import Loss
 from vaejax.training import checkpoint, memory, page, parallel, programs, run, saving
 from vaejax.training.config import Config, Recipe, build_adam
 from vaejax.training.diary import Diary
-from vaejax.training.disk import Disk
+from vaejax.training.disk import Disk, refused_by_disk
 from vaejax.training.divergence import Watch
 from vaejax.training.plan import Schedule, disk_needed, warn_of_disk
 from vaejax.training.resident import Resident, fits
@@ -67,9 +67,9 @@ def learn(
     start = int(state.step)
     if start >= plan.updates and parallel.agreed(lambda: run.status(folder)) == "finished":
         if parallel.is_first():
-            page.write(folder)
+            page.write(folder, run.read(folder), run.remembered(folder))
         print(f"{folder} is finished: {start:,} updates are done, {plan.updates:,} were asked for.")
-        print(page.what_next(folder))
+        print(page.what_next(folder, recipe.model))
         return
     if start > plan.updates:
         raise UserError(
@@ -96,17 +96,14 @@ def learn(
     print(f"compiled in {duration(time.monotonic() - began)}", flush=True)
     eval_step = programs.compile_eval_step(loss, devices=devices)
     guard = memory.Guard(held, most=_bytes(config.max_ram))
-    disk = Disk()
+    disk = Disk(folder)
     with ExitStack() as stack:
         diary = None
         if parallel.is_first():
-            try:
-                run.write(folder, "config.json", settings)
+            with refused_by_disk(folder):
                 diary = Diary(
-                    folder, recipe, plan, held_out, devices=devices, disk=disk, done=start
+                    folder, settings, recipe, plan, held_out, devices=devices, disk=disk, done=start
                 )
-            except OSError as error:
-                raise StorageError(f"{folder} cannot be written: {error.strerror}") from None
             stack.enter_context(diary)
         watch = Watch(
             folder,
@@ -175,6 +172,14 @@ def learn(
             if diary:
                 diary.diverged()
             raise
+        except UserError as error:  # images that are no longer as they were prepared
+            if diary:
+                diary.stopped(0, saved=False)
+            newest = saving.last(folder)
+            raise StorageError(
+                f"{error} The run was stopped: the same command "
+                + (f"goes on from {newest}" if newest else "begins again")
+            ) from None
         except jax.errors.JaxRuntimeError as error:
             told = memory.out_of_memory(error, train_step.memory, held, recipe, devices)
             if told is None:
@@ -196,8 +201,11 @@ def _found(
 
     def newest() -> dict[str, Any] | None:
         checkpoint.clear(folder)
-        recorded = (folder / "run.json").exists() and "saved" in run.read(folder, "run.json")
-        return checkpoint.newest(folder, settings, begun=recorded)
+        known = run.remembered(folder)
+        if not known and (folder / "run.json").exists():
+            print("warning: run.json is damaged, and is written anew", file=sys.stderr)
+        learned = not known and any(lines(folder / "metrics.jsonl"))
+        return checkpoint.newest(folder, settings, begun="saved" in known or learned)
 
     facts = parallel.agreed(newest)
     if facts is None:

@@ -34,7 +34,7 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def check(folder: Path) -> dict[str, Any]:
     """The facts. Raises Damaged, with the file's name, where anything is not as it was written."""
-    facts = _read(folder / NAME)
+    facts = read(folder)
     there = _names(folder)
     for name, known in facts["files"].items():
         if name not in there:
@@ -49,15 +49,24 @@ def check(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
+    """The facts, without a look at the files. Raises Damaged."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None
     except (OSError, ValueError, RecursionError):
         raise Damaged(f"{NAME} cannot be read") from None
     if not isinstance(facts, dict) or facts.pop("sha256", None) != _sum(facts):
         raise Damaged(f"{NAME} has changed since it was written")
+    files = facts.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(known, dict)
+        and isinstance(known.get("bytes"), int)
+        and isinstance(known.get("sha256"), str)
+        for known in files.values()
+    ):
+        raise Damaged(f"{NAME} does not say which files there are")
     return facts
 
 

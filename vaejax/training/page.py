@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from vaejax.files import whole
 from vaejax.models import autoencoder
@@ -29,9 +30,8 @@ def epoch_line(epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
     return f"epoch {epoch}/{epochs} held out: {words}"
 
 
-def what_next(folder: Path) -> str:
+def what_next(folder: Path, model: Autoencoder) -> str:
     new = folder / "faces.png"
-    model = autoencoder.build(run.read(folder)["model"])
     there = f"New faces are in {new}, the" if new.exists() else "The"
     return (
         f"{there} film of the learning is in {folder / 'learning.mp4'}, all else in "
@@ -49,9 +49,8 @@ def commands(model: Autoencoder, folder: Path | str) -> list[str]:
     return [f"vaejax {verb} {quote(str(folder))} {rest}" for verb, rest, can in known if can]
 
 
-def write(folder: Path) -> None:
-    """Write README.md from what lies in the folder."""
-    config, state = run.read(folder), run.read(folder, "run.json")
+def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write README.md from what `config.json` and `run.json` say and what else is in the folder."""
     first, last = run.ends(folder)
     model, plan = autoencoder.build(config["model"]), config["schedule"]
     lines = [

@@ -19,6 +19,7 @@ from vaejax.data.sources import printable
 from vaejax.errors import UserError
 from vaejax.files import whole
 from vaejax.log import lines
+from vaejax.training.disk import refused_by_disk
 
 ROOT = Path("runs")
 # what the files of a run's folder must hold for the rest of the program to read them
@@ -76,17 +77,30 @@ def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{printable(folder / name)} cannot be read: {error}") from None
-    if problem := _problem(value, NEEDED[name]):
-        raise UserError(f"{printable(folder / name)} is damaged: {problem}")
+    if wrong := problem(value, name):
+        raise UserError(f"{printable(folder / name)} is damaged: {wrong}")
     return value
 
 
+def remembered(folder: Path) -> dict[str, Any]:
+    """`run.json`; nothing where it is not there or damaged: the run goes on without it."""
+    try:
+        return read(folder, "run.json")
+    except UserError:
+        return {}
+
+
+def problem(value: Any, name: str) -> str | None:
+    """Where a JSON value has not the form of the file of that name."""
+    return _problem(value, NEEDED[name])
+
+
 def _problem(value: Any, needed: Any, field: str = "it") -> str | None:
-    """Where a JSON value has not the form that is needed."""
     if not isinstance(needed, dict):
         if not isinstance(value, needed) or isinstance(value, bool):
             return f"{field} is not of the kind {needed.__name__}"
-        return None if needed is str or 0 <= value < 2**53 else f"{field} is {value}"
+        least = 0 if field == '"seed"' else 1
+        return None if needed is str or least <= value < 2**53 else f"{field} is {value}"
     if not isinstance(value, dict):
         return f"{field} is not an object"
     problems = (_problem(value.get(name), inner, f'"{name}"') for name, inner in needed.items())
@@ -99,27 +113,33 @@ def write(folder: Path, name: str, value: Mapping[str, Any]) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def record(folder: Path, state: str, *, devices: str, saved: int | None = None) -> None:
-    """Write `run.json`: what a reader needs to know to believe the figures, how it stands, and
-    after how many updates it has `saved` its last checkpoint, if it has one."""
-    config = read(folder)
-    old = read(folder, "run.json") if (folder / "run.json").exists() else {}
+def describe(
+    settings: Mapping[str, Any], *, devices: str, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `run.json` of a run that begins or goes on: what a reader needs to know to believe the
+    figures. Of what it was `before` stay the start, and the updates of the last checkpoint."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     value = {
-        "status": state,
-        "started": old.get("started", now),
+        "status": "running",
+        "started": before.get("started", now),
         "changed": now,
         # without --fresh, with which the same command would not go on but start anew
         "command": shlex.join(["python", *(word for word in sys.argv if word != "--fresh")]),
-        "seed": config["seed"],
-        "data": config["data"],
+        "seed": settings["seed"],
+        "data": settings["data"],
         "devices": devices,
         "host": socket.gethostname(),
         "versions": versions(),
     }
-    if (saved := old.get("saved") if saved is None else saved) is not None:
-        value["saved"] = saved
-    write(folder, "run.json", value)
+    return value | ({"saved": before["saved"]} if "saved" in before else {})
+
+
+def record(folder: Path, value: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Write `run.json` with these changes, and return it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new = {**value, **changes, "changed": now}
+    write(folder, "run.json", new)
+    return new
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +151,7 @@ def versions() -> dict[str, str]:
 
 def status(folder: Path) -> str:
     """ "running", "stopped", "finished" or "diverged", as the run last said of itself."""
-    return read(folder, "run.json").get("status", "") if (folder / "run.json").exists() else ""
+    return remembered(folder).get("status", "")
 
 
 def standing(folder: Path) -> str:
@@ -153,6 +173,12 @@ def ends(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
 def refuse_unwritable(folder: Path) -> None:
     """Before hours are spent: can `folder` be made, and can it be written to?"""
     nearest = folder.absolute()
+    try:
+        os.lstat(nearest)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # for those the nearest folder that is there has better words
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UserError(f"{printable(folder)} cannot be a folder: {error.strerror}") from None
     while not os.path.exists(nearest):  # Path.exists raises where it may not look
         nearest = nearest.parent
     if not os.path.isdir(nearest):
@@ -167,24 +193,27 @@ def locked(folder: Path) -> Iterator[None]:
 
     The kernel frees the lock when the process ends, however it ends: none is ever stale.
     """
-    try:
+    with refused_by_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "run.lock").open("a+")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+        file = (folder / "run.lock").open("a+b", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            owner = file.read(200).decode(errors="replace").strip()
             raise UserError(
-                f"{folder} is already being trained by {file.read().strip()}: "
-                "wait for it, or name another --out"
+                f"{folder} is already being trained by {owner}: wait for it, or name another --out"
             ) from None
-        file.truncate(0)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: files cannot be locked there ({error.strerror}), and without it two "
+                "runs could write over each other: name an --out on another disk"
+            ) from None
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-        file.flush()
+        with refused_by_disk(folder / "run.lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         yield
 
 

@@ -59,5 +59,5 @@ def refuse_unsaved(folder: Path, disk: Disk) -> None:
 
 
 def last(folder: Path) -> Path | None:
-    steps = checkpoint.steps(folder)
+    steps = [s for s in checkpoint.steps(folder) if checkpoint.is_finished(folder, s)]
     return checkpoint.path(folder, steps[-1]) if steps else None
