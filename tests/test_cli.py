@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli, commands, objectives
+from vaejax import cli, commands, objectives, pictures
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
@@ -273,3 +273,11 @@ def test_what_nobody_reads_any_more_or_no_terminal_can_show_ends_nothing(
         assert sys.stdout is stream
         print("and still not", flush=True)  # nor for those who write there afterwards
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_picture_that_the_disk_does_not_take_is_one_line(tmp_path: Path, capsys):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(SystemExit) as stop, cli.for_people():
+        pictures.save(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
+    assert stop.value.code == 5
+    assert capsys.readouterr().err.endswith("a.png: Is a directory\n")

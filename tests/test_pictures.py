@@ -1,8 +1,11 @@
 """Pictures show what they are given, and are there whole or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,6 +92,64 @@ def test_a_film_of_one_picture_is_a_film(tmp_path: Path):
     mp4, gif = make_film(tmp_path, 1)
     assert mp4.stat().st_size > 0
     assert gif.stat().st_size > 0
+
+
+def test_pictures_that_are_broken_or_of_another_size_are_left_out_and_told(tmp_path: Path, capsys):
+    make_film(tmp_path, 6)
+    whole = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "003.png").write_bytes(b"")
+    pictures.save(tmp_path / "004.png", np.zeros((8, 8, 3), np.uint8))
+    frames = sorted(tmp_path.glob("*.png"))
+    pictures.film(frames, mp4=tmp_path / "film.mp4", gif=tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as image:
+        assert image.n_frames == 3
+    told = capsys.readouterr().err
+    assert "3 of 6 pictures" in told
+    assert all(name in told for name in ("002.png", "003.png", "004.png"))
+
+
+def test_a_film_that_could_not_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mp4, gif = make_film(tmp_path, 3)
+    before = mp4.read_bytes(), gif.read_bytes()
+    with monkeypatch.context() as ends_at_once:
+        ends_at_once.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "false")
+        with pytest.raises(OSError, match="it ended with 1"):
+            make_film(tmp_path, 4)
+    assert (mp4.read_bytes(), gif.read_bytes()) == before
+    frames = sorted(tmp_path.glob("*.png"))
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        pictures.film(frames, mp4=tmp_path / "000.png" / "film.mp4", gif=gif)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from vaejax import pictures
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    pictures.film(sorted(folder.glob("*.png")), mp4=folder / "film.mp4", gif=folder / "film.gif")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_disk_that_is_full_leaves_the_old_film(tmp_path: Path):
+    mp4, _ = make_film(tmp_path, 3)
+    before = mp4.read_bytes()
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8)
+        pictures.save(tmp_path / f"{i:03}.png", noise)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert "File too large" in done.stdout, done.stderr
+    assert mp4.read_bytes() == before
+    assert not list(tmp_path.glob(".partial-*"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 import tyro
 
 from vaejax import commands
-from vaejax.errors import UserError, VaejaxError
+from vaejax.data.entries import printable
+from vaejax.errors import StorageError, UserError, VaejaxError
 
 if TYPE_CHECKING:
     from vaejax.training.config import Config
@@ -24,6 +25,7 @@ Flags = TypeVar("Flags", bound="Config")
 @contextmanager
 def for_people() -> Iterator[None]:
     """Errors that a person can mend become one line and an exit code."""
+    _open_streams()
     try:
         yield
     except VaejaxError as error:
@@ -35,6 +37,24 @@ def for_people() -> Iterator[None]:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a disk that is full, a file that may not be read
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(StorageError.exit_code)
+
+
+def _open_streams() -> None:
+    """Streams that were closed by whoever started this (`>&-`) lead nowhere: or else the next file
+    that is opened would be standard output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free one
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  as long as the process
 
 
 @contextmanager

@@ -4,11 +4,19 @@ Images are uint8 `[n h w c]`. Files are written whole or not at all, and no pict
 is kept in memory for the next.
 """
 
-import warnings
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
-import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
@@ -59,12 +67,12 @@ def film(
     Of more than `most` pictures, evenly spaced ones are shown, first and last always. The GIF,
     whose frames Pillow holds until all are there, has at most 512 pixels a side: 50 MB of memory.
     """
-    frames = [frame for frame in frames if frame.exists()]  # a full disk may have taken one
+    frames, size = _of_one_size(frames)
     if not frames:
         return
     if len(frames) > most:
         frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, most)]
-    rate = min(max(len(frames) / seconds, 2), 25)  # frames a second
+    rate = min(max(len(frames) / seconds, 2.0), 25.0)  # frames a second
     still = max(1, round(2 * rate))
 
     def pictures() -> Iterator[Image.Image]:
@@ -76,19 +84,12 @@ def film(
         picture.thumbnail((512, 512))
         return picture
 
-    with whole(mp4) as partial, warnings.catch_warnings():
-        # JAX warns of every fork; this one is followed by ffmpeg at once
-        warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
-        # yuv420p, which every player knows, halves the colours' resolution: sides must be even
-        writer = imageio.get_writer(
-            partial, fps=rate, codec="libx264", quality=8, pixelformat="yuv420p", macro_block_size=2
-        )
-        with writer:
-            picture = np.zeros(0)
-            for picture in map(np.asarray, pictures()):
-                writer.append_data(picture)
-            for _ in range(still):
-                writer.append_data(picture)
+    with whole(mp4) as partial, _ffmpeg(partial, size=size, rate=rate) as pipe:
+        raw = b""
+        for raw in (picture.tobytes() for picture in pictures()):
+            pipe.write(raw)
+        for _ in range(still):
+            pipe.write(raw)
     with whole(gif) as partial:
         # without dithering, whose noise would flicker from frame to frame
         palettes = (small(p).quantize(256, dither=Image.Dither.NONE) for p in pictures())
@@ -97,6 +98,58 @@ def film(
         first.save(
             partial, format="GIF", save_all=True, append_images=palettes, duration=durations, loop=0
         )
+
+
+def _of_one_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int, int]]:
+    """Those that can be shown, and their width and height; a full disk, a kill or a person may have
+    made others of some, which are told."""
+    sizes: dict[Path, tuple[int, int]] = {}
+    for frame in frames:
+        try:
+            with Image.open(frame) as picture:
+                picture.load()
+                sizes[frame] = picture.size
+        except Exception:  # Pillow has many for a broken file
+            continue
+    size = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
+    good = [frame for frame in frames if sizes.get(frame) == size]
+    if bad := [frame for frame in frames if frame.exists() and frame not in good]:
+        names = ", ".join(frame.name for frame in bad[:5]) + (", …" if len(bad) > 5 else "")
+        print(
+            f"warning: {len(bad)} of {len(frames)} pictures are broken or of another size, and are "
+            f"left out of the film: {names}",
+            file=sys.stderr,
+        )
+    return good, size
+
+
+@contextmanager
+def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[bytes]]:
+    """A pipe that makes an MP4 of raw RGB frames. OSError where the video was not written."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}"]
+    command += ["-r", str(Fraction(rate).limit_denominator(1000)), "-i", "-", "-an"]
+    # yuv420p, which every player knows, halves the colours' resolution: sides must be even
+    command += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
+    command += ["-vcodec", "libx264", "-crf", "10", str(path)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for us: the film is finished, or the run stops
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        with suppress(BrokenPipeError):  # why it ended is what it says itself
+            yield process.stdin
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        words = process.stderr.read().decode(errors="replace").strip().splitlines()
+    if process.returncode == -signal.SIGXFSZ:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    if process.returncode:
+        said = words[-1] if words else f"it ended with {process.returncode}"
+        raise OSError(errno.EIO, f"ffmpeg: {said}", str(path))
 
 
 def curves(metrics: Path, path: Path) -> None:

@@ -1,6 +1,7 @@
 """A recipe fills in what no flag says, a flag wins, and values that cannot be are refused."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaejax import objectives
+from vaejax import cli, objectives
 from vaejax.errors import UserError
 from vaejax.models.vae import VAE
 from vaejax.training.config import Config, Recipe, build_adam, describe_loss, settle
@@ -41,6 +42,17 @@ def test_own_data_take_the_reports_recipe_and_drawn_faces_the_quick_one():
         settled = settle(config, REPORT, QUICK)
         assert (settled.name, settled.model) == (recipe.name, recipe.model)
         assert describe_loss(settled) == describe_loss(recipe)
+
+
+def test_every_flag_says_what_it_is_for(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        cli.parse(Config, args=["--help"])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    told = {part.split()[0].strip(","): part for part in re.split(r"\n\W*--", plain)[1:]}
+    for field in fields(Config):
+        # after the flag and its values there are words, and then the default in brackets
+        option = told[field.name.replace("_", "-")]
+        assert re.search(r"\s[A-Za-z]?[a-z']{2,}\s.*\(default", option, re.DOTALL), option
 
 
 def test_a_recipe_that_an_experiment_does_not_have_is_refused():

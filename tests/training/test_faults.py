@@ -81,7 +81,8 @@ def command(data: Path, out: Path) -> list[str]:
     """The tiny run as a person starts it, with the streams that the command line has."""
     program = PROGRAM.format(tests=str(Path(__file__).parent), data=str(data), out=str(out))
     before, last = program.rsplit("train(", 1)
-    guarded = f"{before}from vaejax.cli import unbroken\nwith unbroken():\n    train({last}"
+    guarded = f"{before}from vaejax.cli import for_people, unbroken\n"
+    guarded += f"with for_people(), unbroken():\n    train({last}"
     return [sys.executable, "-c", guarded]
 
 
@@ -133,6 +134,40 @@ def begun(data: Path, out: Path) -> subprocess.Popen:
     return process
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_line(data: Path, tmp_path: Path):
+    program = command(data, tmp_path / "run")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    done = subprocess.run(
+        [*program[:2], limit + program[2]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # what JAX has written of a program into a cache on a full disk is no program
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_not_missed(
+    closed: str, whole: Path, data: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    python, flag, program = command(data, out)
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" "$@" {closed}', python, flag, program],
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert digest(out) == digest(whole)
+    assert said(out) == said(whole)
+
+
 def test_a_full_disk_is_told_once_and_what_was_kept_back_is_written_when_there_is_room(
     whole: Path, data: Path, tmp_path: Path
 ):
@@ -167,7 +202,10 @@ def test_a_disk_that_stays_full_costs_an_exit_code_and_nothing_that_was_saved(
     there = checkpoint.steps(out)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
-    assert "StorageError: not everything could be written" in errors
+    assert process.returncode == 5
+    assert "error: not everything could be written" in errors
+    assert "Make room" in errors
+    assert "Traceback" not in errors
     left = checkpoint.steps(out)
     assert set(there) - {2} <= set(left) < {*range(0, 19, 2)}
     assert checkpoint.newest(out, run.read(out), begun=True) is not None

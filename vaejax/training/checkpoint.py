@@ -119,7 +119,9 @@ def save(
                 os.rename(unfinished, final)
                 flush(final.parent)
         except Exception as error:  # Orbax has many for a disk that is full
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # which it leaves
+            # what it leaves behind would be told later, when it is collected
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             if parallel.is_first():
                 clear(folder)
             raise _as_os_error(error) from error

@@ -45,9 +45,7 @@ class Config:
     checkpoint_minutes: float = 3.0  # minutes between two checkpoints
     checkpoint_steps: int | None = None  # updates after which one is written anyway (none: never)
     keep: int = 3  # checkpoints that are kept
-    max_ram: float | None = (
-        None  # GiB: a run that holds more saves itself and ends (none: no limit)
-    )
+    max_ram: float | None = None  # GiB; a run that holds more saves itself and ends (none: any)
     accept_changed_data: bool = False  # go on although the images are no longer those of the start
     fresh: bool = False  # start anew; an old folder is kept under another name
     dry_run: bool = False  # print the plan and write nothing

@@ -90,7 +90,7 @@ class Diary:
     def after_a_checkpoint(self, step: int) -> None:
         with self._disk.tries("the run's state"):
             self._record(saved=step)
-        with self._disk.tries("a picture"):
+        with self._disk.tries("the curves"):
             self._album.curves()
 
     def stopped(self, step: int, *, saved: bool) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint when it is due, or a line that says why there is none."""
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from vaejax.training.disk import Disk
 from vaejax.training.state import TrainState
 
 CHECKPOINT = "a checkpoint"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(
@@ -52,9 +54,10 @@ def refuse_unsaved(folder: Path, disk: Disk) -> None:
         what = "; ".join(f"{name}: {why.strerror or why}" for name, why in disk.failing.items())
         newest = last(folder)
         from_there = f"goes on from {newest}" if newest else "begins again"
+        full = any(why.errno in NO_ROOM for why in disk.failing.values())
         raise StorageError(
-            f"not everything could be written to {folder}: {what}. Make room: the same command "
-            f"{from_there}"
+            f"not everything could be written to {folder}: {what}. "
+            f"{'Make room: the' if full else 'The'} same command {from_there}"
         )
 
 
