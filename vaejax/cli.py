@@ -147,6 +147,7 @@ def main() -> None:
         | Annotated[commands.Sample, tyro.conf.subcommand("sample")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
         | Annotated[commands.Runs, tyro.conf.subcommand("runs")]
         | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")]
@@ -156,6 +157,7 @@ def main() -> None:
         commands.Sample: commands.sample,
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
+        commands.Evaluate: commands.evaluate,
         commands.Summary: commands.summary,
         commands.Runs: commands.runs,
         commands.Doctor: commands.doctor,

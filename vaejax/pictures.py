@@ -18,7 +18,7 @@ from typing import IO
 
 import imageio_ffmpeg
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -183,5 +183,24 @@ def curves(metrics: Path, path: Path) -> None:
         axes.set(xlabel="step", title=label, yscale=scale)
         axes.grid(alpha=0.3)
         axes.legend()
+    with whole(path) as partial:
+        figure.savefig(partial)
+
+
+def rates(kl: Float[np.ndarray, " d"], path: Path) -> None:
+    """The rate of each latent dimension, nats, largest first."""
+    figure = Figure(figsize=(7, 3), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    ordered = np.sort(np.maximum(kl, 1e-6))[::-1]
+    axes.fill_between(np.arange(len(ordered)), ordered, 1e-6, step="mid", alpha=0.6)
+    axes.set(
+        xlabel="latent dimension, by its rate",
+        ylabel="nats",
+        yscale="log",
+        title=f"{np.sum(kl):,.1f} nats in {len(kl)} dimensions, {np.sum(kl > 0.01)} above 0.01",
+        ylim=(1e-3, 2 * max(float(ordered[0]), 1e-2)),
+        xlim=(0, max(1, len(ordered) - 1)),
+    )
+    axes.grid(alpha=0.3)
     with whole(path) as partial:
         figure.savefig(partial)

@@ -184,10 +184,10 @@ def test_where_none_is_whole_nothing_starts_from_zero(folder: Path, data: Path):
 def test_pictures_are_drawn_with_the_newest_whole_weights_and_nothing_is_moved(
     folder: Path, capsys
 ):
-    params, _ = checkpoint.weights(folder, MODEL)
+    params = checkpoint.weights(folder, MODEL).params
     flip = checkpoint.path(folder, 18) / "state" / "_METADATA"
     flip.write_bytes(flipped(flip.read_bytes()))
-    older, _ = checkpoint.weights(folder, MODEL)
+    older = checkpoint.weights(folder, MODEL).params
     assert "taking that of update 14" in capsys.readouterr().err
     a, b = jax.tree.leaves(params)[0], jax.tree.leaves(older)[0]
     assert not np.array_equal(a, b)

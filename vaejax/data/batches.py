@@ -41,7 +41,7 @@ class Images:
             self._ends = list(itertools.accumulate(file.take for file in self._files))
             # the texts, which nobody asks for here, would take longer than the pixels
             self._features: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
-            texts = {name: info.features[name] for name in ("path", "sha256")}
+            texts = {name: info.features[name] for name in ("person", "path", "sha256")}
             self._texts: Any = tfds.features.FeaturesDict(texts)
         except Exception:  # whatever TFDS makes of what it did not write
             raise damaged(prepared, "its metadata cannot be used") from None
@@ -60,7 +60,8 @@ class Images:
         return np.stack([self._image(int(i)) for i in indices])
 
     def texts(self, index: int) -> dict[str, str]:
-        """Where an image came from: the "path" and the "sha256" of its file."""
+        """Whose face it is ("person", "" if not known) and where it came from: the "path" and the
+        "sha256" of its file."""
         found = self._example(index, self._texts)
         return {name: value.decode() for name, value in found.items()}
 

@@ -1,6 +1,7 @@
 """Judge a model on images that it never saw: all of its figures, in the memory of a batch."""
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,7 +63,9 @@ def batches(
 
 
 def progress(total: int, doing: str, unit: str = " images") -> tqdm:
-    """How far it is, on a terminal."""
+    """How far it is, and how long it takes; a plain line where there is no terminal."""
+    if not sys.stderr.isatty():
+        print(f"{doing}: {total:,}{unit} …", file=sys.stderr, flush=True)
     return tqdm(total=total, desc=doing, unit=unit, smoothing=0.05, disable=None, leave=False)
 
 
@@ -73,7 +76,7 @@ def calibrate(subject: Subject, validation: Images, key: Key[Array, ""]) -> floa
     def seen() -> Iterator[tuple[int, UInt8[np.ndarray, "b h w c"], likelihood.Seen]]:
         for places, images in batches(validation, size, doing="calibrating"):
             count = len(np.unique(places))
-            yield count, images, _see(subject, images, image_keys(key, jnp.asarray(places)))
+            yield count, images, see_batch(subject, images, places, key)
 
     def totals(log_variances: Float[np.ndarray, " g"]) -> Float[np.ndarray, " g"]:
         total = np.zeros(len(log_variances))
@@ -87,8 +90,15 @@ def calibrate(subject: Subject, validation: Images, key: Key[Array, ""]) -> floa
     return likelihood.calibrate(totals, start=math.log(max(mse, 1e-12)))
 
 
-def _see(subject: Subject, images, keys) -> likelihood.Seen:
+def see_batch(
+    subject: Subject,
+    images: UInt8[np.ndarray, "b h w c"],
+    places: Int[np.ndarray, " b"],
+    key: Key[Array, ""],
+) -> likelihood.Seen:
+    """Each image with its own noise, by its place among all of them."""
     model, params, statistics = subject[:3]
+    keys = image_keys(key, jnp.asarray(places))
     return likelihood.see(params, statistics, jnp.asarray(images), keys, model=model)
 
 
@@ -107,7 +117,7 @@ def walk(
     variance = jnp.full(1, log_variance, jnp.float32)
     for places, images in batches(held_out, at_a_time(subject.model), doing="held-out images"):
         count = len(np.unique(places))
-        found = _see(subject, images, image_keys(key, jnp.asarray(places)))
+        found = see_batch(subject, images, places, key)
         nats = likelihood.distortions(found.output, jnp.asarray(images), variance)[0]
         values = {"mse": found.mse, "psnr": found.psnr, "ssim": found.ssim, "distortion": nats}
         if found.posterior is not None:

@@ -22,6 +22,7 @@ PRIOR, MEMORY = "The hole in the prior", "Memory of the training set"
 # the sets of faces that are held against the held-out ones
 SAMPLES, RECONSTRUCTIONS, TRAIN = "samples", "reconstructions", "train"
 HELD_OUT = "held_out"
+SETS = (SAMPLES, RECONSTRUCTIONS, TRAIN, HELD_OUT)
 
 FIGURES = {
     "mse": Figure(REPORT, "in [0, 1]²", "lower", "mean squared error of a sampled code's output"),

@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     reconstructions: UInt8[Array, "b h w c"]  # of the posterior's mode
     mse: Float[Array, " b"]  # of the output, over an image's values in [0, 1]
     psnr: Float[Array, " b"]  # of the reconstructions, as files would have them
-    ssim: Float[Array, " b"]
+    ssim: Float[Array, " b"] | None  # None of images that are smaller than its window
     posterior: Normal | None  # of each latent dimension; None where there is but a code
     z: Float[Array, "b d"] | None
 
@@ -57,7 +57,7 @@ def see(
         reconstructions,
         jnp.mean((x - output) ** 2, axis=(1, 2, 3)),
         similarity.psnr(images, reconstructions),
-        similarity.ssim(images, reconstructions),
+        similarity.ssim(images, reconstructions) if model.size >= similarity.LEAST else None,
         posterior,
         z,
     )

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 RADIUS, SIGMA = 5, 1.5  # of the window in which SSIM compares, pixels
+LEAST = 2 * RADIUS + 1  # pixels of an image
 K1, K2 = 0.01, 0.03
 LARGEST = 255
 
@@ -27,8 +28,8 @@ def ssim(a: UInt8[Array, "b h w c"], b: UInt8[Array, "b h w c"]) -> Float[Array,
 
     Raises ValueError for images of less than 11 pixels.
     """
-    if min(a.shape[1:3]) < 2 * RADIUS + 1:
-        raise ValueError(f"SSIM's window has {2 * RADIUS + 1} pixels, the images {a.shape[1:3]}")
+    if min(a.shape[1:3]) < LEAST:
+        raise ValueError(f"SSIM's window has {LEAST} pixels, the images {a.shape[1:3]}")
     x, y = a.astype(float), b.astype(float)
     mean_x, mean_y = _smooth(x), _smooth(y)
     variance_x = _smooth(x * x) - mean_x**2

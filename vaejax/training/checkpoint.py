@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -226,8 +226,14 @@ def restore(
     return restored["state"]
 
 
-def weights(folder: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
-    """The newest whole parameters and statistics of a run, without the optimiser's share.
+class Weights(NamedTuple):
+    params: PyTree
+    statistics: PyTree
+    step: int  # the updates that they were learned in
+
+
+def weights(folder: Path, model: autoencoder.Autoencoder) -> Weights:
+    """The newest whole ones of a run, without the optimiser's share.
 
     Raises CheckpointError where there are none yet, or all are damaged or of another model.
     """
@@ -241,9 +247,7 @@ def weights(folder: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTre
             # or else the run is alive, and has just put another one in the place of that
 
 
-def _newest_weights(
-    folder: Path, model: autoencoder.Autoencoder, there: list[int]
-) -> tuple[PyTree, PyTree]:
+def _newest_weights(folder: Path, model: autoencoder.Autoencoder, there: list[int]) -> Weights:
     wrong = []
     for step in reversed(there):
         try:
@@ -259,7 +263,7 @@ def _newest_weights(
                 f"{path(folder, step)} is of another model than {folder / 'config.json'} says: "
                 f"{'; '.join(fields)} (there → in config.json)"
             )
-        return _weights(path(folder, step), model)
+        return Weights(*_weights(path(folder, step), model), step)
     if wrong:
         raise CheckpointError(f"no checkpoint of {folder} can be used: {'; '.join(wrong)}")
     if run.status(folder) == "diverged":
