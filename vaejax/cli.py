@@ -148,6 +148,7 @@ def main() -> None:
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
         | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[commands.Compare, tyro.conf.subcommand("compare")]
         | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
         | Annotated[commands.Runs, tyro.conf.subcommand("runs")]
         | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")]
@@ -158,6 +159,7 @@ def main() -> None:
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
         commands.Evaluate: commands.evaluate,
+        commands.Compare: commands.compare,
         commands.Summary: commands.summary,
         commands.Runs: commands.runs,
         commands.Doctor: commands.doctor,

@@ -74,6 +74,14 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Show runs that were evaluated side by side: their figures, and a page with their pictures."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders, numbers, or "latest"
+    out: Path = Path("compare.html")  # the page
+
+
+@dataclass(frozen=True)
 class Summary:
     """Show the layers of a model, with what each puts out and how many parameters it has."""
 
@@ -250,6 +258,22 @@ def evaluate(command: Evaluate) -> None:
     show.write(folder, evaluation)
     print("\n".join(show.table(evaluation)))
     print(f"All of it, with pictures: {folder / 'evaluation.md'}")
+
+
+def compare(command: Compare) -> None:
+    if not command.runs:
+        raise UserError("no run was named: name one or more")
+    if command.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {command.out}: the page is HTML, its name must end in .html")
+    from vaejax.evaluation import compare
+    from vaejax.training.run import refuse_unwritable
+
+    refuse_unwritable(command.out.parent)
+    known = [compare.read(name) for name in command.runs]
+    evaluations, remarks = compare.comparable(known)
+    print("\n".join(compare.table(evaluations, remarks)))
+    compare.write(command.out, compare.page(known, evaluations, remarks))
+    print(f"With pictures: {command.out}")
 
 
 def runs(_: Runs) -> None:

@@ -55,6 +55,40 @@ def report(
     return loss, (figures, statistics)
 
 
+def calibrated(
+    params: PyTree,
+    statistics: PyTree,
+    images: UInt8[Array, "b h w c"],
+    keys: Key[Array, " b"],
+    *,
+    model: Autoencoder,
+    train: bool,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], tuple[Figures, PyTree]]:
+    """log(mse) / 2 + rate / values: the negative ELBO, nats per value and up to a constant, of the
+    normal likelihood whose one variance is the best that there is for these images, their mse
+    (Rybkin et al., 2021, sigma-VAE, equations 4 and 5). It has no weight to choose.
+
+    The images are those that are computed together: all devices', but one micro-batch's.
+    """
+    x = to_float(images)
+    posterior, statistics = encode(model, params, statistics, x, train=train, axis=axis)
+    z = jax.vmap(Normal.sample)(posterior, keys)
+    output, statistics = decode(model, params, statistics, z, train=train, axis=axis)
+
+    mse, kl = jnp.mean((x - output) ** 2), jnp.mean(posterior.kl())
+    values, latents = output[0].size, posterior.mean.shape[-1]
+    whole = jnp.maximum(over_devices(mse, axis), 1e-12)
+    # the gradient of log(mse) / 2, where the mse is a mean over devices that each differentiates
+    slope = (mse - jax.lax.stop_gradient(mse)) / (2 * whole)
+    loss = jnp.log(whole) / 2 + slope + kl * latents / values
+    figures = {"loss": loss, "mse": mse, "kl": kl}
+    # in the report's form, the weight of the kl at this mse
+    weight = 2 * whole * latents / values
+    figures |= in_nats(posterior, output, images, mse=mse, kl_weight=weight, axis=axis)
+    return loss, (figures, statistics)
+
+
 def reconstruction(
     params: PyTree,
     statistics: PyTree,
@@ -113,7 +147,7 @@ def in_nats(
     images: UInt8[Array, "b h w c"],
     *,
     mse: Float[Array, ""],
-    kl_weight: float,
+    kl_weight: float | Float[Array, ""],
     axis: str | None = None,
 ) -> Figures:
     """The ELBO's terms, nats per image, for a run that was trained on means.

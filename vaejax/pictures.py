@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -202,5 +202,42 @@ def rates(kl: Float[np.ndarray, " d"], path: Path) -> None:
         xlim=(0, max(1, len(ordered) - 1)),
     )
     axes.grid(alpha=0.3)
+    with whole(path) as partial:
+        figure.savefig(partial)
+
+
+def rate_distortion(
+    curve: Sequence[tuple[float, float, float]],
+    named: Mapping[str, tuple[float, float, float]],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """(rate, distortion, mse) of the runs of a sweep as a curve, by rate, and of others as points
+    with their names; beside it the mse, which alone would make the largest rate the best."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    every = np.array([*curve, *named.values()])
+    ordered = np.array(sorted(curve))
+    rates = np.linspace(every[:, 0].min() * 0.9, every[:, 0].max() * 1.1 + 1, 200)
+    for axes, column, label in (
+        (left, 1, "distortion, nats per image"),
+        (right, 2, "mse, over values in [0, 1]"),
+    ):
+        axes.plot(ordered[:, 0], ordered[:, column], ".-", color="0.6", zorder=2)
+        for i, (name, point) in enumerate(named.items()):
+            axes.plot(point[0], point[column], "o", color=f"C{i}", ms=8, label=name, zorder=3)
+        axes.set(xlabel="rate, nats per image", ylabel=label)
+        axes.grid(alpha=0.3)
+    low, high = left.get_ylim()
+    best = min(every[:, 0] + every[:, 1])
+    for extra in np.linspace(0, 1, 6) * (high - low):
+        left.plot(rates, best + extra - rates, "--", lw=0.8, color="C0", alpha=0.3, zorder=1)
+    left.set(ylim=(low, high), xlim=(rates[0], rates[-1]))
+    left.set_title("dashed: equal ELBO, the lowest line is the best one met", fontsize=9)
+    right.set_title("the mse alone, which every nat of rate lowers", fontsize=9)
+    right.set(xlim=left.get_xlim(), yscale="log")
+    left.legend(fontsize=9)
     with whole(path) as partial:
         figure.savefig(partial)

@@ -69,7 +69,13 @@ def find(folder: Path, split: str) -> Judged:
             f"{prepared} holds other images than {folder} learned from: what is held out there may "
             "have been learned. Put them back, or let the run go on with --accept-changed-data"
         )
-    subject = Subject(model, weights.params, weights.statistics, loss.get("kl_weight"))
+    subject = Subject(
+        model,
+        weights.params,
+        weights.statistics,
+        loss.get("kl_weight"),
+        in_nats=loss["kind"] == "calibrated",
+    )
     held_out = Images(prepared, split)
     return Judged(folder, subject, weights.step, prepared, held_out, bool(report["persons"]))
 
