@@ -50,7 +50,8 @@ def main(config: Flags) -> None:
         raise UserError("--weights: one or more numbers of at least 0")
     root = config.out or Path("runs/rate-distortion")
     recipe = settle(replace(config, recipe="quick"), SWEEP)
-    latents, values = recipe.model.code[0], recipe.model.size**2 * recipe.model.channels
+    model = recipe.model
+    latents, values = model.code[0], model.size**2 * model.channels
     known = {"report": 0.01, "PyTorch-VAE": 0.00025 * latents, "pythae": 2 * latents / values}
     weights = {f"{weight:.4g}" for weight in (*config.weights, *known.values())}
     runs: dict[str, Path] = {}
@@ -67,9 +68,7 @@ def main(config: Flags) -> None:
     curve = {name: one for name, one in found.items() if name != "calibrated"}
     named = {f"{who} ({weight:.3g})": found[f"{weight:.4g}"] for who, weight in known.items()}
     named["calibrated"] = found["calibrated"]
-    title = (
-        f"{latents} latents, {recipe.model.size} px, {recipe.steps:,} updates, seed {config.seed}"
-    )
+    title = f"{latents} latents, {model.size} px, {recipe.steps:,} updates, seed {config.seed}"
     print("\n".join(sweep.write(root, curve, named, title=title)))
     print(f"The curve: {root / 'rate_distortion.png'}")
 

@@ -65,16 +65,18 @@ def compare(sets: dict[str, Features], held_out: Features) -> Found:
     return found
 
 
-def gaps(figures: dict[str, Estimate]) -> dict[str, Estimate]:
+def gaps(figures: dict[str, Estimate]) -> Found:
     """How much further samples lie from held-out faces than reconstructions do: what is lost
     between the prior and the codes of faces."""
-    found = {}
+    found = Found({}, {})
     for figure in ("frechet", "kernel"):
         pair = [figures.get(name(figure, one)) for one in ("samples", "reconstructions")]
         if pair[0] and pair[1]:
             errors = [e.error for e in pair if e and e.error is not None]
             spread = math.hypot(*errors) if errors else None
-            found[f"{figure}_gap"] = Estimate(pair[0].value - pair[1].value, spread)
+            found.figures[f"{figure}_gap"] = Estimate(pair[0].value - pair[1].value, spread)
+        else:
+            found.left_out[f"{figure}_gap"] = f"it needs {figure} of samples and reconstructions"
     return found
 
 

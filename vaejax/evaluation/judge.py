@@ -168,7 +168,7 @@ def _ask_of_features(
     all_of = sets.features()
     others = {one: each for one, each in all_of.items() if one != HELD_OUT}
     found = faces.compare({**others, TRAIN: learned}, all_of[HELD_OUT])
-    found |= Found(faces.gaps(found.figures), {})
+    found |= faces.gaps(found.figures)
     near = {one: distances.nearest(each, learned) for one, each in all_of.items()}
     found |= faces.memory("features", {one: each.distance for one, each in near.items()})
     if judged.persons:
