@@ -238,3 +238,9 @@ def test_digits_are_those_that_can_be_believed():
     assert show.number({"value": 0.0123456, "error": 0.00034}) == "0.01235 ± 0.00034"
     assert show.number({"value": 0.0123456, "error": None}) == "0.012346"
     assert show.number(None) == "–"
+
+
+def test_every_figure_is_defined_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "figures.md").read_text()
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("| `"))
+    assert [name for name in FIGURES if f"`{name}`" not in tables] == []
