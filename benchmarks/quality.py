@@ -13,13 +13,10 @@ pythae needs PyTorch: `pip install pythae torch` here, or name a Python that has
 
 import argparse
 import json
-import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,18 +54,16 @@ def main() -> None:
     parser.add_argument("--peer", default=sys.executable, help="a Python that has pythae")
     parser.add_argument("--inception", type=Path, help="judge by these weights, not by VGG16's")
     parser.add_argument("--out", type=Path, default=Path("quality"))
-    parser.add_argument("--learn", help=argparse.SUPPRESS)  # a contender, in the peer's Python
     options = parser.parse_args()
-    if options.learn:
-        learn_with_pythae(options)
-        return
     options.out.mkdir(parents=True, exist_ok=True)
     prepared = prepare(options)
     for name in options.only:
         for seed in options.seeds:
             if known(options, name, seed) is None:
                 print(f"{name}, seed {seed} …", flush=True)
-                (learn_with_vaejax if name in VAEJAX else peer)(options, name, seed, prepared)
+                (learn_with_vaejax if name in VAEJAX else learn_with_pythae)(
+                    options, name, seed, prepared
+                )
     print("\n".join(table(options, prepared)))
 
 
@@ -184,104 +179,17 @@ def guess(options: argparse.Namespace, name: str) -> int:
 # pythae -------------------------------------------------------------------------------------------
 
 
-def peer(options: argparse.Namespace, name: str, seed: int, _: Path) -> None:
-    command = [options.peer, __file__, *sys.argv[1:], "--learn", name, "--seeds", str(seed)]
-    done = subprocess.run(command, check=False, env={**os.environ, "TQDM_DISABLE": "1"})
+def learn_with_pythae(options: argparse.Namespace, name: str, seed: int, _: Path) -> None:
+    """In the peer's Python, where vaejax need not be."""
+    program = Path(__file__).parent / "contenders" / "pythae_.py"
+    asked = [name, str(options.out), "--seed", str(seed), "--samples", str(options.samples)]
+    asked += ["--minutes", str(options.minutes)] if options.minutes else []
+    asked += ["--images", str(options.images)]
+    done = subprocess.run([options.peer, str(program), *asked], check=False)
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}: is pythae installed in {options.peer}?")
-
-
-class Enough(Exception):
-    """The budget is spent."""
-
-
-def learn_with_pythae(options: argparse.Namespace) -> None:
-    import pythae
-    import torch
-    from pythae.models import RAE_L2, VAE, BetaVAE, BetaVAEConfig, RAE_L2_Config, VAEConfig
-    from pythae.models.nn.benchmarks.celeba import (
-        Decoder_Conv_AE_CELEBA,
-        Encoder_Conv_AE_CELEBA,
-        Encoder_Conv_VAE_CELEBA,
-    )
-    from pythae.pipelines import TrainingPipeline
-    from pythae.samplers import (
-        GaussianMixtureSampler,
-        GaussianMixtureSamplerConfig,
-        NormalSampler,
-    )
-    from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
-    from pythae.trainers.training_callbacks import TrainingCallback
-
-    name, seed = options.learn, options.seeds[0]
-    torch.manual_seed(seed)
-    data = {
-        split: np.load(options.out / f"{split}.npy").transpose(0, 3, 1, 2).astype(np.float32) / 255
-        for split in ("train", "validation", "test")
-    }
-    same = {"input_dim": (3, SIZE, SIZE), "latent_dim": 64}
-    trainer = {"output_dir": str(options.out / "pythae"), "seed": seed, "num_epochs": 100_000}
-    trainer |= {"per_device_train_batch_size": 100, "per_device_eval_batch_size": 100}
-    if name == "rae":
-        config = RAE_L2_Config(**same, embedding_weight=1e-4, reg_weight=1e-7)
-        kind, encoder = RAE_L2, Encoder_Conv_AE_CELEBA(config)
-        rates = {"encoder_learning_rate": 1e-3, "decoder_learning_rate": 1e-3}
-        training = CoupledOptimizerTrainerConfig(**trainer, **rates)
-    else:
-        beta = {"beta": 2.0} if name == "beta-vae" else {}
-        config = (BetaVAEConfig if beta else VAEConfig)(**same, **beta, reconstruction_loss="mse")
-        kind, encoder = BetaVAE if beta else VAE, Encoder_Conv_VAE_CELEBA(config)
-        training = BaseTrainerConfig(**trainer, learning_rate=1e-4)
-    model = kind(config, encoder=encoder, decoder=Decoder_Conv_AE_CELEBA(config))
-
-    class Budget(TrainingCallback):
-        began, updates = time.monotonic(), 0
-
-        def on_train_step_end(self, training_config, **kwargs):
-            self.updates += 1
-            spent = time.monotonic() - self.began
-            full = self.updates * 100 >= options.images
-            if spent > 60 * options.minutes if options.minutes else full:
-                raise Enough
-
-    callback = Budget()
-    with suppress(Enough):
-        TrainingPipeline(model=model, training_config=training)(
-            train_data=data["train"], eval_data=data["validation"], callbacks=[callback]
-        )
-    seconds = time.monotonic() - callback.began
-    model.eval()
-    device = next(model.parameters()).device
-
-    def images(x) -> np.ndarray:
-        levels = (x.detach().clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).cpu().numpy()
-
-    with torch.no_grad():
-        again = [
-            images(
-                model.decoder(model.encoder(torch.tensor(x).to(device)).embedding).reconstruction
-            )
-            for x in np.array_split(data["test"], -(-len(data["test"]) // 100))
-        ]
-        arrays = {"reconstructions": np.concatenate(again)}
-        torch.manual_seed(seed)
-        normal = NormalSampler(model=model)
-        arrays["normal"] = images(normal.sample(options.samples, batch_size=100))
-        mixture = GaussianMixtureSampler(
-            model=model, sampler_config=GaussianMixtureSamplerConfig(n_components=10)
-        )
-        mixture.fit(torch.tensor(data["train"]))
-        arrays["mixture"] = images(mixture.sample(options.samples, batch_size=100))
-    facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "updates": callback.updates,
-        "seen": callback.updates * 100,
-        "seconds": seconds,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {"pythae": getattr(pythae, "__version__", "0.1.2"), "torch": torch.__version__},
-    }
-    keep(options, name, seed, arrays, facts)
+    path = options.out / f"{name}-{seed}.json"
+    keep(options, name, seed, {}, json.loads(path.read_text()))
 
 
 # The judge ----------------------------------------------------------------------------------------

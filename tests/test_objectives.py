@@ -13,7 +13,7 @@ from vaejax.models.autoencoder import Autoencoder
 from vaejax.models.convolutional import Convolutional
 from vaejax.models.denoising import Denoising
 from vaejax.models.feed_forward import FeedForward
-from vaejax.objectives import reconstruction, report, to_float, to_uint8
+from vaejax.objectives import calibrated, reconstruction, report, to_float, to_uint8
 
 MODEL = vae.VAE(size=16, latent_dim=4, width=1)
 
@@ -70,6 +70,47 @@ def test_figures_in_nats_keep_their_identities(images):
     scale = values / (2 * f["mse"])
     in_nats = scale * f["mse"] + f["effective_beta"] * f["rate"]
     np.testing.assert_allclose(scale * f["loss"], in_nats, rtol=1e-5)
+
+
+def test_the_calibrated_loss_is_the_elbo_of_the_best_variance(images):
+    """Up to log(2 pi e) / 2, of a density with that variance; so its beta is 1."""
+    params, statistics = weights()
+    keys = jax.random.split(jax.random.key(2), 4)
+    loss, (f, _) = jax.jit(partial(calibrated, model=MODEL, train=False))(
+        params, statistics, images, keys
+    )
+    values, mse = 16 * 16 * 3, float(f["mse"])
+
+    def density(variance: float) -> float:
+        return 0.5 * (np.log(2 * np.pi * variance) + mse / variance)
+
+    constant = 0.5 * (np.log(2 * np.pi) + 1)
+    np.testing.assert_allclose(loss + constant, density(mse) + f["rate"] / values, rtol=1e-5)
+    assert density(mse) < min(density(0.9 * mse), density(1.1 * mse))
+    np.testing.assert_allclose(f["effective_beta"], 1, rtol=1e-5)
+
+
+def test_the_calibrated_loss_of_halves_has_the_gradient_of_the_whole(images):
+    params, statistics = weights()
+    keys = jax.random.split(jax.random.key(2), 4)
+
+    def gradient(images, keys, *, axis):
+        def value(params):
+            loss = partial(calibrated, model=MODEL, train=True, axis=axis)
+            return loss(params, statistics, images, keys)[0]
+
+        return jax.value_and_grad(value)(params)
+
+    loss, whole = jax.jit(partial(gradient, axis=None))(images, keys)
+    halves = (images.reshape(2, 2, *images.shape[1:]), keys.reshape(2, 2))
+    losses, each = jax.jit(jax.vmap(partial(gradient, axis="devices"), axis_name="devices"))(
+        *halves
+    )
+    np.testing.assert_allclose(jnp.mean(losses), loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(
+            jnp.mean(a, axis=0), b, atol=1e-5 * float(jnp.abs(b).max() + 1e-3)
+        )
 
 
 def test_an_image_does_not_learn_from_the_others_under_the_frozen_norm(images):
@@ -148,13 +189,14 @@ MSE, BCE = (partial(reconstruction, error=error) for error in ("mse", "bce"))
             ),
             VARIATIONAL,
         ),
+        (MODEL, partial(calibrated)),
         (FeedForward(size=8, latent_dim=4), MSE),
         (Convolutional(size=16, width=2), MSE),
         (Convolutional(size=16, width=2), BCE),
         (Denoising(size=8, width=2), BCE),
         (Denoising(size=8, width=2, norm="frozen"), MSE),
     ],
-    ids=["report", "batch norm", "bounded"]
+    ids=["report", "batch norm", "bounded", "calibrated"]
     + ["feed-forward", "convolutional", "convolutional bce", "denoising", "denoising mse, frozen"],
 )
 def test_gradient_of_the_whole_loss_is_right(model: Autoencoder, loss: partial):
