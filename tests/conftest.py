@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Most of the tests' time is compiling, here and in what they start: a quarter less of it, in which
-# LLVM does all but its costliest. Bits are compared among such programs only.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
 jax.config.update("jax_num_cpu_devices", 4)  # which the tests of many devices take apart
 jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is said, not guessed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest one first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: not item.name.startswith("test_killed_at_random"))
 
 
 @pytest.fixture(scope="session", autouse=True)
