@@ -158,6 +158,7 @@ def test_a_disk_that_is_full_leaves_the_old_film(tmp_path: Path):
         ('"loss": 0.2, "mse": 0.1, "kl": 0.01, "bits_per_dim": 5.0', (2, 2)),
         ('"loss": 0.2, "mse": 0.1, "bce": 0.2', (2, 1)),
         ('"loss": 0.1, "mse": 0.1', (1, 1)),  # the same twice is shown once
+        ('"loss": -1.5, "mse": 0.1', (2, 1)),  # which has no logarithm
     ],
 )
 def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path, figures: str, panels: tuple):

@@ -67,9 +67,11 @@ def calibrated(
 ) -> tuple[Float[Array, ""], tuple[Figures, PyTree]]:
     """log(mse) / 2 + rate / values: the negative ELBO, nats per value and up to a constant, of the
     normal likelihood whose one variance is the best that there is for these images, their mse
-    (Rybkin et al., 2021, sigma-VAE, equations 4 and 5). It has no weight to choose.
+    (Rybkin et al., 2021, sigma-VAE, section 3). It has no weight to choose.
 
-    The images are those that are computed together: all devices', but one micro-batch's.
+    In nats per value it is of order one at any size of image, as the other losses are; Adam takes
+    the same steps at any scale. The images whose mse it is are those that are computed together:
+    all devices', but one micro-batch's.
     """
     x = to_float(images)
     posterior, statistics = encode(model, params, statistics, x, train=train, axis=axis)

@@ -160,13 +160,14 @@ def curves(metrics: Path, path: Path) -> None:
     lines: dict[str, list[dict]] = {"train": [], "validation": []}
     for _, line in log.lines(metrics):
         lines[line["split"]].append(line)
+    every = [line for split in lines.values() for line in split]
     panels = [
-        ("loss", "loss", "log"),
+        # that of a density may be negative
+        ("loss", "loss", "linear" if any(p.get("loss", 1) <= 0 for p in every) else "log"),
         ("mse", "mse (mean squared error)", "log"),
         ("kl", "kl (nats per latent dimension)", "log"),
         ("bits_per_dim", "bits per dimension", "linear"),
     ]
-    every = [line for split in lines.values() for line in split]
     panels = [p for p in panels if any(p[0] in line for line in every)]
     if all(line.get("loss") == line.get("mse") for line in every):
         panels = [p for p in panels if p[0] != "loss"]

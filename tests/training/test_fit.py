@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -225,6 +225,23 @@ def test_fresh_starts_anew_and_keeps_the_old_folder(data: Path, tmp_path: Path):
     train(data, tmp_path / "run", steps=1, seed=1, fresh=True)
     assert run.read(tmp_path / "run")["seed"] == 1
     assert run.read(tmp_path / "run.1")["seed"] == 0
+
+
+def test_micro_batches_are_part_of_a_run_whose_loss_is_of_the_whole_batch(
+    data: Path, tmp_path: Path
+):
+    recipe = replace(RECIPE, model=replace(MODEL, norm="frozen"), steps=1)
+
+    def start(out: str, **changes: object) -> None:
+        config = Config(data=data, out=tmp_path / out, devices=1)
+        fit("tiny", config, replace(recipe, **changes))
+
+    start("means", micro_batch=4)
+    start("means")  # the same up to rounding
+    calibrated = partial(objectives.calibrated)
+    start("calibrated", loss=calibrated, micro_batch=4)
+    with pytest.raises(UserError, match="micro_batch 4 → None"):
+        start("calibrated", loss=calibrated)
 
 
 def test_a_run_without_a_name_gets_the_next_number_and_is_found_again(

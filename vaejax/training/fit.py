@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from vaejax import objectives
 from vaejax.data import batches as data
 from vaejax.data import faces
 from vaejax.data.demo import drawn_faces
@@ -77,8 +78,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
             "cosine_decay_updates": plan.updates if recipe.cosine_decay else None,
         },
         "batch_size": recipe.batch_size,
-        # under which alone it changes more than the rounding
-        "micro_batch": recipe.micro_batch if getattr(model, "norm", None) == "batch" else None,
+        "micro_batch": recipe.micro_batch if _meet(recipe) else None,
         "seed": config.seed,
         # the same images by person are split in another way
         "data": {name: report[name] for name in ("fingerprint", "persons", "splits")},
@@ -146,6 +146,13 @@ def refuse_uneven(recipe: Recipe, devices: parallel.Devices) -> None:
             f"--micro-batch {micro}: a batch of {batch} images is no whole number of them{over}: "
             f"take {' or '.join(nearest)}"
         )
+
+
+def _meet(recipe: Recipe) -> bool:
+    """Whether the images of a batch meet, in a norm or in the loss: where they do not,
+    micro-batches change no more than the rounding."""
+    norm = getattr(recipe.model, "norm", None)
+    return norm == "batch" or recipe.loss.func is objectives.calibrated
 
 
 def _say_plan(

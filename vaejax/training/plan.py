@@ -56,8 +56,8 @@ def describe(recipe: Recipe, plan: Schedule, *, images: int) -> str:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    kind, *rest = settings.items()
-    return f"{kind[1]}: {', '.join(f'{name} {value}' for name, value in rest)}"
+    (_, kind), *rest = settings.items()
+    return f"{kind}: {', '.join(f'{name} {value}' for name, value in rest)}" if rest else kind
 
 
 class Measured(NamedTuple):
