@@ -5,6 +5,7 @@ is kept in memory for the next.
 """
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from typing import IO
 import imageio_ffmpeg
 import numpy as np
 from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from vaejax import log
@@ -174,7 +177,17 @@ def curves(metrics: Path, path: Path) -> None:
     if not panels:
         return
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
-    figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained", dpi=120)
+    width, height = 5 * columns, 3 * rows
+    figure = Figure(figsize=(width, height), dpi=120)
+    # inches round the panels; a layout that is computed draws all twice, and this is drawn often
+    figure.subplots_adjust(
+        left=0.7 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - 0.35 / height,
+        wspace=0.2,
+        hspace=0.4,
+    )
     places = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, label, scale) in zip(places, panels, strict=False):
         for split, style in (("train", {"alpha": 0.5, "lw": 1}), ("validation", {"marker": "."})):
@@ -208,37 +221,64 @@ def rates(kl: Float[np.ndarray, " d"], path: Path) -> None:
 
 
 def rate_distortion(
-    curve: Sequence[tuple[float, float, float]],
+    curve: Mapping[str, tuple[float, float, float]],
     named: Mapping[str, tuple[float, float, float]],
     path: Path,
     *,
     title: str,
 ) -> None:
-    """(rate, distortion, mse) of the runs of a sweep as a curve, by rate, and of others as points
-    with their names; beside it the mse, which alone would make the largest rate the best."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    every = np.array([*curve, *named.values()])
-    ordered = np.array(sorted(curve))
-    rates = np.linspace(every[:, 0].min() * 0.9, every[:, 0].max() * 1.1 + 1, 200)
-    for axes, column, label in (
-        (left, 1, "distortion, nats per image"),
-        (right, 2, "mse, over values in [0, 1]"),
-    ):
-        axes.plot(ordered[:, 0], ordered[:, column], ".-", color="0.6", zorder=2)
-        for i, (name, point) in enumerate(named.items()):
-            axes.plot(point[0], point[column], "o", color=f"C{i}", ms=8, label=name, zorder=3)
-        axes.set(xlabel="rate, nats per image", ylabel=label)
-        axes.grid(alpha=0.3)
-    low, high = left.get_ylim()
-    best = min(every[:, 0] + every[:, 1])
-    for extra in np.linspace(0, 1, 6) * (high - low):
-        left.plot(rates, best + extra - rates, "--", lw=0.8, color="C0", alpha=0.3, zorder=1)
-    left.set(ylim=(low, high), xlim=(rates[0], rates[-1]))
-    left.set_title("dashed: equal ELBO, the lowest line is the best one met", fontsize=9)
-    right.set_title("the mse alone, which every nat of rate lowers", fontsize=9)
-    right.set(xlim=left.get_xlim(), yscale="log")
-    left.legend(fontsize=9)
+    """(rate, distortion, mse) of the runs of a sweep as a curve with their names, and of others as
+    points in a legend: the distortion, among lines of equal ELBO, and the mse, by the rate.
+
+    The rate's axis is linear up to 1 nat, where the posterior is the prior, and logarithmic beyond.
+    """
+    figure = Figure(figsize=(11.5, 5.6), layout="constrained", dpi=120)
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2, sharex=True)
+    by_rate = sorted(curve.items(), key=lambda item: item[1])
+    panels = [
+        (left, 1, "distortion, −log p(x|z) (nats per image)", "What an image costs"),
+        (right, 2, "mse (mean over values in [0, 1])", "What the mse alone would show"),
+    ]
+    for axes, column, label, heading in panels:
+        points = np.array([(point[0], point[column]) for _, point in by_rate])
+        axes.plot(*points.T, ".-", color="0.45", lw=1.2, zorder=3)
+        for i, (name, _) in enumerate(by_rate):
+            # a curve that falls has room above on the right, and below on the left
+            offset, side = ((-5, -12), "right") if i % 2 else ((5, 5), "left")
+            style = {"fontsize": 8, "color": "0.35", "textcoords": "offset points", "ha": side}
+            axes.annotate(name, points[i], xytext=offset, zorder=5, **style)
+        for (name, point), mark in zip(named.items(), itertools.cycle("osD^vP")):
+            words = f"{name}: ELBO {_minus(-point[0] - point[1])} nats"
+            style = {"marker": mark, "ms": 9, "mec": "white", "mew": 1, "ls": "", "zorder": 4}
+            axes.plot(point[0], point[column], label=words, **style)
+        axes.set_xscale("symlog", linthresh=1, linscale=0.4)
+        axes.margins(0.11)
+        axes.set(xlabel="rate, KL(q(z|x) ‖ N(0, I)) (nats per image)", ylabel=label)
+        axes.set_title(heading, fontsize=10)
+        axes.grid(alpha=0.25)
+    left.set_xlim(left=max(0.0, left.get_xlim()[0]))
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    right.legend(fontsize=9)
+    _equal_elbo(left)
     with whole(path) as partial:
         figure.savefig(partial)
+
+
+def _equal_elbo(axes: Axes) -> None:
+    """Lines of equal rate + distortion, over what the axes show, named at their left ends."""
+    (first, last), (low, high) = axes.get_xlim(), axes.get_ylim()
+    rates = np.concatenate([np.linspace(first, last, 400), np.geomspace(1e-3, 1, 400) * last])
+    rates = np.sort(rates[(rates >= first) & (rates <= last)])
+    at = axes.transData.inverted().transform(axes.transAxes.transform((0.015, 0)))[0]
+    for cost in MaxNLocator(8).tick_values(low + first, high + last):
+        axes.plot(rates, cost - rates, "--", color="C0", lw=0.8, alpha=0.4, zorder=1)
+        if low < cost - at < low + 0.95 * (high - low):
+            style = {"fontsize": 7, "color": "C0", "alpha": 0.8, "va": "bottom"}
+            axes.text(at, cost - at, f"ELBO {_minus(-cost)}", zorder=1, **style)
+    axes.set(xlim=(first, last), ylim=(low, high))
+
+
+def _minus(value: float) -> str:
+    return f"{value:,.0f}".replace("-", "−")

@@ -58,12 +58,10 @@ def learn(
         shards=jax.process_count(),
     )
 
-    begin = jax.jit(
-        partial(init, model=recipe.model, optimizer=optimizer), out_shardings=everywhere
-    )
+    begin = partial(init, model=recipe.model, optimizer=optimizer)
     state = _found(folder, settings, jax.eval_shape(begin, init_key), batches, everywhere)
     if state is None:
-        state = begin(init_key)
+        state = programs.compile_init(begin, devices=devices)(init_key)
     start = int(state.step)
     if start >= plan.updates and parallel.agreed(lambda: run.status(folder)) == "finished":
         if parallel.is_first():

@@ -74,7 +74,7 @@ def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> M
     optimizer = build_adam(recipe, updates=updates)
     begin = partial(init, model=model, optimizer=optimizer)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
-    state = jax.jit(begin, out_shardings=everywhere)(key)
+    state = programs.compile_init(begin, devices=devices)(key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     mine = images[parallel.rows(devices, recipe.batch_size)]

@@ -22,6 +22,13 @@ class TrainStep(NamedTuple):
     memory: int  # bytes that an update needs on a device: arguments, results and temporaries
 
 
+def compile_init(begin: Callable[..., TrainState], *, devices: parallel.Devices) -> Callable:
+    """key -> state. On a CPU LLVM does only half its work: all of it takes longer than the program,
+    which runs once, and makes the same bits."""
+    hasty = {"xla_backend_optimization_level": 1} if parallel.on_cpu() else {}
+    return jax.jit(begin, out_shardings=parallel.whole(devices), compiler_options=hasty)
+
+
 def compile_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
