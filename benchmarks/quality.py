@@ -35,7 +35,8 @@ DIFFERENCES = """
   Adam; the VAE and the beta-VAE (beta 2) at 1e-4, squared error / 2 + KL summed; the RAE (L2,
   embedding 1e-4, decoder's weight decay 1e-7) at 1e-3, by its configuration files. Its training
   pipeline as it is, with the validation images; its last weights are taken, not its best, since the
-  budget ends it in between. The mixture sampler has 10 components, fitted on the training images.
+  budget ends it in between. The mixture sampler has 10 components, fitted on 5,000 training
+  images.
 - All reconstructions are of the posterior's mean. All samples are rounded to 256 levels.
 - Epochs recommended by the authors (150 and 50) are longer than this budget.
 """.strip()

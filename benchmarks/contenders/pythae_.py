@@ -26,6 +26,7 @@ from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
 from pythae.trainers.training_callbacks import TrainingCallback
 
 SIZE = 64
+FITTED = 5000  # training images that the mixture is fitted on: their codes take a while on a CPU
 
 
 class Enough(Exception):
@@ -102,7 +103,7 @@ def main() -> None:
         mixture = GaussianMixtureSampler(
             model=model, sampler_config=GaussianMixtureSamplerConfig(n_components=10)
         )
-        mixture.fit(torch.tensor(data["train"]))
+        mixture.fit(torch.tensor(data["train"][:FITTED]))
         arrays["mixture"] = images(mixture.sample(options.samples, batch_size=100))
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from vaejax.errors import CheckpointError, UserError
 from vaejax.evaluation import evaluate, features, judge, show
 from vaejax.evaluation.figures import FIGURES
 from vaejax.evaluation.judge import Questions
+from vaejax.models import autoencoder
+from vaejax.models.convolutional import Convolutional
 from vaejax.training import checkpoint, run
 
 QUICK = Questions(samples=70, bound_images=3, bound_samples=9)
@@ -66,6 +69,12 @@ def test_every_figure_is_given_or_left_out_with_a_reason(evaluation: dict):
     assert named == FIGURES.keys() - {"distortion_bits"}  # of models without a posterior
     assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
     assert all(len(reason) > 20 for reason in evaluation["left_out"].values())
+
+
+def test_no_column_of_a_table_is_empty(evaluation: dict):
+    for title, head, rows in show.sections([evaluation]):
+        for place in range(1, len(head) - 3):
+            assert any(row[place] != "–" for row in rows), (title, head[place])
 
 
 def test_the_same_questions_have_the_same_answers(evaluation: dict, judged, plain):
@@ -128,22 +137,14 @@ def test_the_pages_show_it(evaluation: dict, judged: judge.Judged):
 
 
 def test_a_deterministic_autoencoder_has_no_figures_of_codes(trained: Path, plain, judged):
-    from vaejax.models.convolutional import Convolutional
-
     model = Convolutional(size=16, width=2)
-    params, statistics = jax.jit(lambda key: _init(model, key))(jax.random.key(0))
+    params, statistics = jax.jit(partial(autoencoder.init, model))(jax.random.key(0))
     subject = evaluate.Subject(model, params, statistics, None)
     found = judge.judge(judged._replace(subject=subject), QUICK, plain)
     assert {"mse", "psnr", "distortion", "distortion_bits"} <= found["figures"].keys()
     assert {"kl", "elbo", "mmd", "samples"} <= found["left_out"].keys()
     assert "kernel/samples" not in found["figures"]
     assert "kernel/reconstructions" in found["figures"] or found["left_out"]
-
-
-def _init(model, key):
-    from vaejax.models import autoencoder
-
-    return autoencoder.init(model, key)
 
 
 # What cannot be done ------------------------------------------------------------------------------

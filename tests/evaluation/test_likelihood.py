@@ -84,7 +84,7 @@ def test_a_bound_does_not_depend_on_how_its_samples_are_told():
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[PyTree, PyTree]:
-    return autoencoder.init(MODEL, jax.random.key(0))
+    return jax.jit(partial(autoencoder.init, MODEL))(jax.random.key(0))
 
 
 def test_weights_of_images_are_the_elbo_of_the_same_distributions(
@@ -118,9 +118,8 @@ def test_what_is_seen_is_what_the_loss_sees(trained: tuple[PyTree, PyTree], draw
     images, keys = jnp.asarray(draw(6, 16)), jax.random.split(jax.random.key(5), 6)
     seen = likelihood.see(trained[0], trained[1], images, keys, model=MODEL)
     inner = jax.vmap(lambda key: jax.random.split(key)[1])(keys)
-    _, (figures, _) = report(
-        trained[0], trained[1], images, inner, model=MODEL, kl_weight=0.01, train=False
-    )
+    loss = jax.jit(partial(report, model=MODEL, kl_weight=0.01, train=False))
+    _, (figures, _) = loss(*trained, images, inner)
     np.testing.assert_allclose(jnp.mean(seen.mse), figures["mse"], rtol=1e-5)
     assert seen.posterior is not None
     np.testing.assert_allclose(jnp.mean(seen.posterior.kl()), figures["kl"], rtol=1e-5)
@@ -131,7 +130,7 @@ def test_what_is_seen_is_what_the_loss_sees(trained: tuple[PyTree, PyTree], draw
 
 def test_a_code_without_a_posterior_is_seen_too(draw):
     model = FeedForward(size=16)
-    params, statistics = autoencoder.init(model, jax.random.key(0))
+    params, statistics = jax.jit(partial(autoencoder.init, model))(jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 3)
     seen = likelihood.see(params, statistics, jnp.asarray(draw(3, 16)), keys, model=model)
     assert seen.posterior is None

@@ -207,7 +207,7 @@ def test_a_disk_that_stays_full_costs_an_exit_code_and_nothing_that_was_saved(
     assert "Make room" in errors
     assert "Traceback" not in errors
     left = checkpoint.steps(out)
-    assert set(there) - {2} <= set(left) < {*range(0, 19, 2)}
+    assert set(there) - {3} <= set(left) < {*range(0, 19, 3)}
     assert checkpoint.newest(out, run.read(out), begun=True) is not None
     assert not list(out.rglob(".partial-*"))
     train(data, out)
@@ -363,9 +363,9 @@ def test_three_in_a_row_end_the_run_with_the_images_they_were_learned_from(
 
 
 def test_a_run_that_diverges_ends_two_updates_later(data: Path, tmp_path: Path):
-    with pytest.raises(DivergedError, match="at step 8"):
-        breaking(data, [6, 7, 8])(tmp_path / "run")
-    assert max(line["step"] for line in lines(tmp_path / "run")) == 8  # and not 10, nor its end
+    with pytest.raises(DivergedError, match="at step 10"):
+        breaking(data, [8, 9, 10])(tmp_path / "run")
+    assert max(line["step"] for line in lines(tmp_path / "run")) == 10  # and not 12, nor its end
 
 
 def test_held_out_figures_that_are_no_numbers_end_the_run(

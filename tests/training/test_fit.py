@@ -49,7 +49,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 sys.path.insert(0, {tests!r})
 from test_fit import train
-train(Path({data!r}), Path({out!r}), checkpoint_steps=2)
+train(Path({data!r}), Path({out!r}), checkpoint_steps=3)
 """
 
 

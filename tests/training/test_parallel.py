@@ -59,7 +59,7 @@ def updates(
     loss = partial(objectives.report, model=model, kl_weight=0.01)
     everywhere = parallel.whole(devices)
     begin = partial(init, model=model, optimizer=OPTIMIZER)
-    state = jax.jit(begin, out_shardings=everywhere)(jax.random.key(0))
+    state = programs.compile_init(begin, devices=devices)(jax.random.key(0))
     first = jax.tree.map(np.array, parallel.here(state))
     key = jax.device_put(jax.random.key(1), everywhere)
     step = programs.compile_train_step(

@@ -181,7 +181,7 @@ def page(runs: Sequence[Compared], evaluations: list[Mapping[str, Any]], remarks
             parts += [f"<h2>{escape(caption)}</h2>", '<div class="runs">', *shown, "</div>"]
     for heading, head, rows in show.sections(evaluations):
         parts += [f"<h2>{escape(heading)}</h2>", '<div class="wide"><table><tr>']
-        numbers = range(1, len(evaluations) + 1)
+        numbers = range(1, len(head) - 3)
         parts += [
             f"<th{' class=n' if i in numbers else ''}>{escape(cell)}</th>"
             for i, cell in enumerate(head)
@@ -191,7 +191,7 @@ def page(runs: Sequence[Compared], evaluations: list[Mapping[str, Any]], remarks
             parts.append("</tr><tr>")
             for i, cell in enumerate(row):
                 kind = "n best" if i - 1 in best and i in numbers else "n" if i in numbers else ""
-                kind = kind or ("about" if i > len(evaluations) else "")
+                kind = kind or ("about" if i > numbers[-1] else "")
                 parts.append(f'<td class="{kind}">{escape(cell)}</td>')
         parts.append("</tr></table></div>")
     features = {f["name"]: f["from"] for e in evaluations if (f := e["features"])}

@@ -96,11 +96,13 @@ def sections(evaluations: list[Mapping[str, Any]]) -> list[tuple[str, list[str],
     for group in dict.fromkeys(figure.group for figure in FIGURES.values()):
         names = [n for n, figure in FIGURES.items() if figure.group == group]
         by_set = alone and group in (FACES, MEMORY)
+        given = {name for e in evaluations for name in e["figures"]}
+        sets = [one for one in SETS if any(f"{name}/{one}" in given for name in names)]
         rows = []
         for name in names:
             figure = FIGURES[name]
             about = [figure.unit, _better(figure.better), figure.meaning]
-            keys = [name, *(f"{name}/{one}" for one in SETS)]
+            keys = [name, *(f"{name}/{one}" for one in sets)]
             if by_set:
                 cells = [number(evaluations[0]["figures"].get(key)) for key in keys[1:]]
                 if any(cell != "–" for cell in cells):
@@ -110,7 +112,7 @@ def sections(evaluations: list[Mapping[str, Any]]) -> list[tuple[str, list[str],
                 cells = [number(e["figures"].get(key)) for e in evaluations]
                 if any(cell != "–" for cell in cells):
                     rows.append([key, *cells, *about])
-        columns = list(SETS) if by_set else [e["run"] for e in evaluations]
+        columns = sets if by_set else [e["run"] for e in evaluations]
         if rows:
             found.append((group, ["", *columns, "unit", "better", "what it is"], rows))
     return found
