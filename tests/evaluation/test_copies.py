@@ -47,7 +47,7 @@ def test_those_that_are_like_the_held_out_ones_are_near_by_chance():
     random = np.random.default_rng(0)
     share = copies.share_near(random.exponential(size=20_000), random.exponential(size=20_000))
     assert abs(share.value - 0.01) < 4 * share.error
-    assert 0.0005 < share.error < 0.001
+    assert 0.0009 < share.error < 0.0011  # both sets are as large
     everything = copies.share_near(np.zeros(20), random.exponential(size=200))
     assert everything.value == 1
 

@@ -14,7 +14,7 @@ from PIL import Image
 from vaejax import cli, generate
 from vaejax.data.batches import Images
 from vaejax.errors import CheckpointError, UserError
-from vaejax.evaluation import evaluate, features, judge, show
+from vaejax.evaluation import copies, evaluate, features, judge, show
 from vaejax.evaluation.figures import FIGURES
 from vaejax.evaluation.judge import Questions
 from vaejax.models import autoencoder
@@ -116,7 +116,9 @@ def test_a_run_that_gives_its_training_faces_back_is_found_out(judged, plain, mo
         return np.repeat(known, len(z), axis=0)
 
     monkeypatch.setattr(generate, "decode", by_heart)
+    monkeypatch.setattr(copies, "LEAST", 20)
     found = judge.judge(judged, QUICK, plain)
+    assert value(found, "copies_pixels/samples") == value(found, "copies_features/samples") == 1
     assert value(found, "nearest_pixels/samples") == 0
     assert value(found, "nearest_features/samples") < 1e-5
     assert value(found, "persons/samples") == pytest.approx(1)
@@ -144,7 +146,7 @@ def test_a_deterministic_autoencoder_has_no_figures_of_codes(trained: Path, plai
     assert {"mse", "psnr", "distortion", "distortion_bits"} <= found["figures"].keys()
     assert {"kl", "elbo", "mmd", "samples"} <= found["left_out"].keys()
     assert "kernel/samples" not in found["figures"]
-    assert "kernel/reconstructions" in found["figures"] or found["left_out"]
+    assert "kernel/reconstructions" in found["left_out"]  # so few are held out
 
 
 # What cannot be done ------------------------------------------------------------------------------
@@ -165,6 +167,10 @@ def test_images_that_are_others_or_gone_and_runs_without_weights_are_refused(
     settings = run.read(folder)
     run.write(folder, "config.json", settings | {"data": {"fingerprint": "0"}})
     with pytest.raises(UserError, match="other images than"):
+        judge.find(folder, "test")
+    by_nobody = settings["data"] | {"persons": 0}  # the same images, split in another way
+    run.write(folder, "config.json", settings | {"data": by_nobody})
+    with pytest.raises(UserError, match="or splits them in another way"):
         judge.find(folder, "test")
     schedule = settings["schedule"] | {"prepared": str(tmp_path / "gone")}
     run.write(folder, "config.json", settings | {"schedule": schedule})
@@ -208,9 +214,22 @@ def test_the_command_writes_and_says_it_all_and_compare_shows_two(
     page = (tmp_path / "compare.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * len(show.TITLES)
     assert "http" not in page.replace("<!doctype html>", "")  # it needs nothing from elsewhere
-    (tmp_path / "a" / "evaluation.json").write_text('{"format": "vaejax evaluation 1"}')
-    assert evaluated("compare", "a", "b", monkeypatch=monkeypatch) == 2
-    assert "writes it anew" in capsys.readouterr().err
+    path = tmp_path / "a" / "evaluation.json"
+    whole = json.loads(path.read_text())
+    for damaged in (
+        {"format": judge.FORMAT},
+        {**whole, "features": "VGG16"},
+        {**whole, "features": {"name": 3}},
+        {**whole, "compared": "all"},
+        {**whole, "figures": {"mse": 3}},
+    ):
+        path.write_text(json.dumps(damaged))
+        assert evaluated("compare", "a", "b", monkeypatch=monkeypatch) == 2
+        assert "writes it anew" in capsys.readouterr().err
+    few = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    path.write_text(json.dumps({**few, "compared": 30}))
+    assert evaluated("compare", "a", "b", monkeypatch=monkeypatch) == 0
+    assert "no figure of so many is given" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -245,3 +264,28 @@ def test_every_figure_is_defined_in_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "figures.md").read_text()
     tables = "\n".join(line for line in text.splitlines() if line.startswith("| `"))
     assert [name for name in FIGURES if f"`{name}`" not in tables] == []
+
+
+def test_what_is_no_number_is_left_out_and_weights_that_say_nothing_are_refused(
+    judged: judge.Judged, plain, monkeypatch: pytest.MonkeyPatch
+):
+    see = evaluate.see_batch
+
+    def overflows(*arguments):
+        found = see(*arguments)
+        assert found.posterior is not None
+        far = found.posterior.log_variance.at[0, 0].set(200.0)  # whose variance is no float32
+        return found._replace(posterior=found.posterior._replace(log_variance=far))
+
+    with monkeypatch.context() as there:
+        there.setattr(evaluate, "see_batch", overflows)
+        found = judge.judge(judged, QUICK, plain)
+    assert {"rate", "kl", "elbo"} <= found["left_out"].keys()
+    assert found["rate_per_dimension"][0] is None
+    assert "mse" in found["figures"]
+    json.dumps(found, allow_nan=False)
+
+    nothing = jax.tree.map(lambda leaf: leaf * np.nan, judged.subject.params)
+    broken = judged._replace(subject=judged.subject._replace(params=nothing))
+    with pytest.raises(UserError, match="is no number"):
+        judge.judge(broken, QUICK, plain)

@@ -17,6 +17,7 @@ from vaejax.training import run
 
 # what a figure is of: where that differs between two runs, it says nothing of which is better
 OF_PIXELS = ("distortion", "rate", "elbo", "importance_elbo", "importance_bound", "deviation")
+OF_PIXELS += ("index_code", "marginal_kl")
 OF_FEATURES = ("frechet_gap", "kernel_gap", "nearest_features", "nearest_person")
 
 
@@ -48,10 +49,14 @@ def _refuse_other(evaluation: Any) -> None:
     if not isinstance(evaluation, dict) or evaluation.get("format") != FORMAT:
         raise ValueError("it is no evaluation of this version")
     kinds = {"figures": dict, "left_out": dict, "split": str, "size": int, "images": int}
-    kinds |= {"step": int, "data": str, "seconds": float, "device": str, "asked": dict}
+    kinds |= {"step": int, "data": dict, "seconds": float, "device": str, "asked": dict}
+    kinds |= {"features": dict | None, "compared": int | None}
     for field, kind in kinds.items():
         if not isinstance(evaluation.get(field), kind):
             raise ValueError(f'it has no "{field}"')
+    features = evaluation["features"] or {"name": "", "from": ""}
+    if not all(isinstance(features.get(field), str) for field in ("name", "from")):
+        raise ValueError('"features" have no name')
     for name, estimate in evaluation["figures"].items():
         if not isinstance(estimate, dict) or not _is_estimate(estimate):
             raise ValueError(f"{name[:40]!r} is no figure")
@@ -83,6 +88,10 @@ def comparable(runs: Sequence[Compared]) -> tuple[list[Mapping[str, Any]], list[
         remarks.append(f"Faces were compared by {features}: no figure that rests on them is given.")
         drop |= {n for n, f in FIGURES.items() if f.group == FACES}
         drop |= {*OF_FEATURES, "copies_features", "copies_person", "persons"}
+    elif numbers := differ("compared"):
+        remarks.append(f"Faces were compared {numbers} at a time: no figure of so many is given.")
+        drop |= {n for n, f in FIGURES.items() if f.group == FACES}
+        drop |= {"frechet_gap", "kernel_gap", "persons"}
     if split := differ("split"):
         remarks.append(f"Not judged on one split, but on {split}: differences may be the images'.")
     elif differ("data"):

@@ -75,19 +75,23 @@ def _exactly(images, index, read) -> Float[np.ndarray, " n"]:
 
 class Share(NamedTuple):
     value: float
-    error: float  # standard error of the share, by the number of the faces
+    error: float  # standard error of the share, by the numbers of both sets of faces
 
 
 def share_near(distances: Float[np.ndarray, " n"], held_out: Float[np.ndarray, " m"]) -> Share:
     """The share of faces that lie nearer to a training face than 99 in 100 held-out faces do.
 
     A generator that has learned the distribution and not the faces has 0.01, one that gives its
-    training faces back has 1. Raises ValueError for less than 100 held-out faces.
+    training faces back has 1. The error has that of the threshold in it, an order statistic of the
+    held-out faces. Raises ValueError for less than 100 held-out faces.
     """
     if len(held_out) < LEAST:
         raise ValueError(f"{len(held_out)} held-out faces have no nearest hundredth")
-    share = float(np.mean(distances < np.quantile(held_out, RARE)))
-    return Share(share, math.sqrt(share * (1 - share) / len(distances)))
+    # of all definitions of a quantile the one below which RARE of other faces are to be expected
+    near = np.quantile(held_out, RARE, method="weibull")
+    share = float(np.mean(distances < near))
+    own, threshold = share * (1 - share), RARE * (1 - RARE)
+    return Share(share, math.sqrt(own / len(distances) + threshold / (len(held_out) + 2)))
 
 
 def persons_hit(persons: list[str]) -> float:

@@ -15,6 +15,7 @@ Features = Float[np.ndarray, "n d"]
 Others = Float[np.ndarray, "m d"]
 
 BLOCK = 512  # faces that are held against all others at a time
+CANDIDATES = 8192  # of those, where there may be many
 NEIGHBOURS = 5  # of precision, recall, density and coverage: those of Naeem et al. (2020)
 # faces below which the kernel distance and the shares say more about chance than about faces: the
 # standard error of a share of 0.5 of 50 is 0.07
@@ -149,9 +150,12 @@ def _euclidean(x: Features, y: Others) -> Float[np.ndarray, "n m"]:
 
 
 def nearest(faces: Features, candidates: Others) -> Nearest:
-    """Of each face the candidate with the smallest Euclidean distance."""
-    place, distance = np.empty(len(faces), int), np.empty(len(faces))
-    for some, distances in _distances(faces, candidates):
-        place[some] = distances.argmin(axis=1)
-        distance[some] = distances.min(axis=1)
+    """Of each face the candidate with the smallest Euclidean distance, the first of several."""
+    place, distance = np.zeros(len(faces), int), np.full(len(faces), np.inf)
+    for first in range(0, len(candidates), CANDIDATES):
+        for some, distances in _distances(faces, candidates[first : first + CANDIDATES]):
+            least = distances.min(axis=1)
+            nearer = least < distance[some]
+            place[some] = np.where(nearer, first + distances.argmin(axis=1), place[some])
+            distance[some] = np.where(nearer, least, distance[some])
     return Nearest(place, distance)

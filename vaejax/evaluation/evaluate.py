@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from tqdm import tqdm
 
 from vaejax.data.batches import Images
+from vaejax.errors import UserError
 from vaejax.evaluation import latents, likelihood
 from vaejax.evaluation.figures import Estimate
 from vaejax.models.autoencoder import Autoencoder
@@ -70,7 +71,8 @@ def progress(total: int, doing: str, unit: str = " images") -> tqdm:
 
 
 def calibrate(subject: Subject, validation: Images, key: Key[Array, ""]) -> float:
-    """The log-variance of the likelihood, by images of another split than it is judged on."""
+    """The log-variance of the likelihood, by images of another split than it is judged on. Raises
+    UserError where the model's output is no number."""
     size = at_a_time(subject.model)
 
     def seen() -> Iterator[tuple[int, UInt8[np.ndarray, "b h w c"], likelihood.Seen]]:
@@ -87,6 +89,11 @@ def calibrate(subject: Subject, validation: Images, key: Key[Array, ""]) -> floa
         return total
 
     mse = sum(float(found.mse[:count].sum()) for count, _, found in seen()) / len(validation)
+    if not math.isfinite(mse):
+        raise UserError(
+            f"what the model makes of the validation images is no number: their mse is {mse}. "
+            "Nothing can be said of such weights"
+        )
     return likelihood.calibrate(totals, start=math.log(max(mse, 1e-12)))
 
 

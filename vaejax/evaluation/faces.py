@@ -2,7 +2,7 @@
 learned from. Everything is of features; only the copies are looked for in the pixels as well."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from vaejax.evaluation.figures import HELD_OUT, Estimate, name
 GROUPS = 10  # of faces, at most, over which a figure is taken
 
 Features = Float[np.ndarray, "n d"]
+Set = Float[np.ndarray, "_ d"]  # of any number of faces
 
 
 class Found(NamedTuple):
@@ -26,11 +27,16 @@ class Found(NamedTuple):
         return Found(self.figures | other.figures, self.left_out | other.left_out)
 
 
-def compare(sets: dict[str, Features], held_out: Features) -> Found:
+def common(sets: Iterable[Set]) -> int:
+    """As many faces as each of the sets has."""
+    return min(len(faces) for faces in sets)
+
+
+def compare(sets: dict[str, Set], held_out: Features) -> Found:
     """Each set of faces against the held-out ones: all of them as many at a time, which alone makes
     their figures comparable. A set that is some times larger is taken in groups, and the error is
     the standard deviation over those."""
-    n = min(len(held_out), *(len(faces) for faces in sets.values()))
+    n = common([held_out, *sets.values()])
     dimensions = held_out.shape[1]
     shares = ("precision", "recall", "density", "coverage")
     if n < distances.LEAST:
@@ -67,7 +73,8 @@ def compare(sets: dict[str, Features], held_out: Features) -> Found:
 
 def gaps(figures: dict[str, Estimate]) -> Found:
     """How much further samples lie from held-out faces than reconstructions do: what is lost
-    between the prior and the codes of faces."""
+    between the prior and the codes of faces. It is above 0 of a perfect model too, since
+    reconstructions are of the very faces that they are held against, and samples are not."""
     found = Found({}, {})
     for figure in ("frechet", "kernel"):
         pair = [figures.get(name(figure, one)) for one in ("samples", "reconstructions")]
@@ -100,7 +107,7 @@ def memory(kind: str, distances_of: dict[str, Float[np.ndarray, "..."]]) -> Foun
 
 
 def from_persons(
-    sets: dict[str, Features], training: Float[np.ndarray, "t d"], people: Sequence[str]
+    sets: dict[str, Set], training: Float[np.ndarray, "t d"], people: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """How far each face lies from the nearest person, whose place is the mean of her or his
     training faces. Of those, a face of nobody in particular is left out."""

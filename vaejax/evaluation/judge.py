@@ -1,10 +1,11 @@
 """All that can be said of a run, by images that it never saw: from its folder to its figures."""
 
+import math
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ class Judged(NamedTuple):
     subject: Subject
     step: int
     prepared: Path
+    data: dict[str, Any]  # what tells these images, and how they are split, from others
     held_out: Images
     persons: bool
 
@@ -64,10 +66,11 @@ def find(folder: Path, split: str) -> Judged:
             f"{settings['schedule']['source']} --size {model.size} --out {prepared}` prepares them "
             "again (with --crop-faces, if they were cropped)"
         ) from None
-    if report["fingerprint"] != settings["data"].get("fingerprint"):
+    if any(report[field] != value for field, value in settings["data"].items()):
         raise UserError(
-            f"{prepared} holds other images than {folder} learned from: what is held out there may "
-            "have been learned. Put them back, or let the run go on with --accept-changed-data"
+            f"{prepared} holds other images than {folder} learned from, or splits them in another "
+            "way: what is held out there may have been learned. Put them back, or let the run go "
+            "on with --accept-changed-data"
         )
     subject = Subject(
         model,
@@ -77,14 +80,17 @@ def find(folder: Path, split: str) -> Judged:
         in_nats=loss["kind"] == "calibrated",
     )
     held_out = Images(prepared, split)
-    return Judged(folder, subject, weights.step, prepared, held_out, bool(report["persons"]))
+    persons = bool(report["persons"])
+    return Judged(folder, subject, weights.step, prepared, settings["data"], held_out, persons)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is no number is left out, and said so
 def judge(judged: Judged, questions: Questions, features: Features | None, why: str = "") -> dict:
     """Every figure, as JSON; the pictures go into the run's folder.
 
     Without `features`, which is because of `why`, the figures that need them are left out. The
-    memory is that of a batch, the features of all faces (2 KiB each) and 64 MiB of faces.
+    memory is that of a batch, the codes of the held-out images, the features of all faces, training
+    faces included (2 KiB each by VGG16), and 64 MiB of faces of each set.
     """
     began = time.monotonic()
     subject, model = judged.subject, judged.subject.model
@@ -108,16 +114,17 @@ def judge(judged: Judged, questions: Questions, features: Features | None, why: 
     training = Images(judged.prepared, "train")
     near = near_in_pixels(sets, training, model)
     found |= faces.memory("pixels", {one: each.distance for one, each in near.items()})
-    by_features = None
+    by_features, n = None, None
     if features is None:
         found.left_out["features"] = why
     else:
-        by_features, more = _ask_of_features(judged, sets, training, features)
+        by_features, n, more = _ask_of_features(judged, sets, training, features)
         found |= more
     if not model.has_prior:
         found.left_out[SAMPLES] = f"a {model.title} has no prior to draw faces from"
+    found = _numbers(found)
     show.draw(judged.folder, walked, sets, training, near, by_features, _again(judged, keys[1]))
-    rates = [] if walked.kl is None else [float(v) for v in walked.kl.mean(axis=0)]
+    rates = [] if walked.kl is None else walked.kl.mean(axis=0).tolist()
     return {
         "format": FORMAT,
         "run": judged.folder.name,
@@ -125,17 +132,29 @@ def judge(judged: Judged, questions: Questions, features: Features | None, why: 
         "split": questions.split,
         "images": len(judged.held_out),
         "asked": questions._asdict(),
-        "data": read_report(judged.prepared)["fingerprint"],
+        "data": judged.data,
         "size": model.size,
         "features": None if features is None else {"name": features.name, "from": features.weights},
+        "compared": n,
         "figures": {key: value._asdict() for key, value in found.figures.items()},
         "left_out": found.left_out,
-        "rate_per_dimension": rates,
+        "rate_per_dimension": [rate if math.isfinite(rate) else None for rate in rates],
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": jax.devices()[0].device_kind,
         "versions": run.versions(),
     }
+
+
+def _numbers(found: Found) -> Found:
+    """Without figures that are none, as the rate is of a posterior that has left float32."""
+    bad = {
+        key: f"it is {one.value}"
+        for key, one in found.figures.items()
+        if not math.isfinite(one.value) or not math.isfinite(one.error or 0)
+    }
+    figures = {key: one for key, one in found.figures.items() if key not in bad}
+    return Found(figures, found.left_out | bad)
 
 
 def _ask_of_codes(
@@ -162,12 +181,13 @@ def _ask_of_codes(
 
 def _ask_of_features(
     judged: Judged, sets: Sets, training: Images, features: Features
-) -> tuple[dict[str, copies.Nearest], Found]:
-    """The nearest training face of each face as well."""
+) -> tuple[dict[str, copies.Nearest], int, Found]:
+    """The nearest training face of each face, and of how many faces the figures are, as well."""
     learned = training_features(judged.prepared, features, judged.subject.model)
     all_of = sets.features()
     others = {one: each for one, each in all_of.items() if one != HELD_OUT}
     found = faces.compare({**others, TRAIN: learned}, all_of[HELD_OUT])
+    n = faces.common([learned, *all_of.values()])
     found |= faces.gaps(found.figures)
     near = {one: distances.nearest(each, learned) for one, each in all_of.items()}
     found |= faces.memory("features", {one: each.distance for one, each in near.items()})
@@ -175,9 +195,9 @@ def _ask_of_features(
         people = [training.texts(i)["person"] for i in range(len(training))]
         found |= faces.memory("person", faces.from_persons(all_of, learned, people))
         for one, each in near.items():
-            if hit := [people[i] for i in each.place if people[i]]:
+            if hit := [people[i] for i in each.place[:n] if people[i]]:
                 found.figures[name("persons", one)] = Estimate(copies.persons_hit(hit))
-    return near, found
+    return near, n, found
 
 
 def _again(judged: Judged, key: Key[Array, ""]) -> Callable[[np.ndarray], Batch]:

@@ -85,7 +85,7 @@ def calibrate(
     2021, sigma-VAE, section 3: there by its closed form, which is that of a density).
 
     `totals` gives the distortion of some log-variances, each a pass over the images; `start` is
-    where to look first, such as the log of the mse. It is found to 0.001: a hundredth of a nat
+    where to look first, such as the log of the mse. It is found to 0.002: a hundredth of a nat
     of an image of 64 x 64 pixels.
     """
     centre, best = start, 0

@@ -1,6 +1,7 @@
 """The sets of faces that are held against each other, in the memory of their features."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def training_features(
 ) -> Float[np.ndarray, "n d"]:
     """Those of all images that were learned from; kept in the cache, since they take longest."""
     training = Images(prepared, "train")
-    facts = f"{features.name}\n{features.weights}\n{read_report(prepared)['fingerprint']}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:24]
+    report = read_report(prepared)
+    facts = [features.name, features.weights]
+    facts += [report[field] for field in ("fingerprint", "persons", "splits")]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     path = cache.folder() / "features" / f"{digest}.npy"
     try:
         known = np.load(path)

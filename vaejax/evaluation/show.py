@@ -42,7 +42,7 @@ def draw(
     pictures.save(place / "worst_and_best.png", pictures.strips(rows, columns=count))
     first = again(np.arange(min(SHOWN, len(order))))
     pictures.save(place / "reconstructions.png", pictures.strips(list(first)))
-    if walked.kl is not None:
+    if walked.kl is not None and np.isfinite(walked.kl).all():
         pictures.rates(walked.kl.mean(axis=0), place / "rates.png")
     if SAMPLES not in sets.first:
         return
@@ -145,10 +145,10 @@ def _about(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     if features := evaluation["features"]:
         lines.append(f"Faces are compared by {features['name']} ({features['from']}).")
-    if any("/" in name for name in evaluation["figures"]):
+    if evaluation["compared"]:
         lines.append(
             "± is a standard error over images, and for faces the standard deviation over groups "
-            "of as many faces as are held out; train is the floor."
+            f"of {evaluation['compared']:,} faces; train is the floor of the samples."
         )
     reasons: dict[str, list[str]] = {}
     for name, reason in evaluation["left_out"].items():

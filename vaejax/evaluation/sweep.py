@@ -10,7 +10,6 @@ import jax
 
 from vaejax import objectives, pictures
 from vaejax.data.batches import Images
-from vaejax.data.records import read_report
 from vaejax.errors import UserError
 from vaejax.evaluation import evaluate, judge
 from vaejax.files import whole
@@ -40,8 +39,8 @@ def measure(folder: Path, *, seed: int) -> Point:
     """The figures of a run on the test images, by a likelihood that is fitted on the validation
     images. They are kept in the run's folder, for as long as it does not learn on."""
     judged = judge.find(folder, SPLIT)
-    data = read_report(judged.prepared)["fingerprint"]
-    asked = {"step": judged.step, "seed": seed, "images": len(judged.held_out), "data": data}
+    images = len(judged.held_out)
+    asked = {"step": judged.step, "seed": seed, "images": images, "data": judged.data}
     path = folder / "rate_distortion.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
