@@ -70,8 +70,8 @@ FIGURES = {
     "marginal_kl": Figure(
         PRIOR, "nats/image", "lower", "the rest of the rate: KL(q(z) ‖ N(0, I)) of all codes"
     ),
-    "frechet_gap": Figure(PRIOR, "", "lower", "frechet of samples − of reconstructions"),
-    "kernel_gap": Figure(PRIOR, "", "lower", "kernel of samples − of reconstructions"),
+    "frechet_gap": Figure(PRIOR, "", "", "frechet of samples − of reconstructions"),
+    "kernel_gap": Figure(PRIOR, "", "", "kernel of samples − of reconstructions"),
     "nearest_pixels": Figure(
         MEMORY, "rms in [0, 1]", "", "median distance from the nearest training face, by pixels"
     ),
