@@ -1,11 +1,14 @@
-"""Do one device, four by jit, four by pmap, and two processes of two devices learn the same?
+"""Compare updates on one device, on four by jit, on four by pmap, and on two processes of two.
 
     python benchmarks/agreement.py
 
-The report's layers at 32 pixels, batches of 16, three updates by plain gradient descent (Adam would
-hide the size of a gradient), on simulated devices of this CPU; each way in a process of its own.
-Against one device, of the first update's gradients and the parameters after the third: the length
-of the difference of all together, as a part of their own, and the largest difference in any number.
+The report's layers at 32 pixels are trained for three updates on batches of 16 images, by plain
+gradient descent, since Adam would hide the size of a gradient. Every setup runs in processes of its
+own, on simulated devices of this CPU.
+
+The table compares each setup with one device: the gradients of the first update, and the parameters
+after the third. Both columns show the norm of the difference, relative to the norm on one device,
+and the largest absolute difference of a single value.
 """
 
 import socket
@@ -14,68 +17,82 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from vaejax import objectives
+from vaejax import losses
+from vaejax.models.layers import Norm
 from vaejax.models.vae import VAE
-from vaejax.training import parallel, programs
-from vaejax.training.state import init
+from vaejax.training import devices as dev
+from vaejax.training.compiled import compile_init, compile_train_step
+from vaejax.training.step import Trainer
 
-WAYS = {
-    "one device": (1, "jit", 1),
-    "one device again": (1, "jit", 1),
-    "four devices, jit": (4, "jit", 1),
-    "four devices, pmap": (4, "pmap", 1),
-    "two processes of two devices": (4, "jit", 2),
+LEARNING_RATE = 0.01
+SIZE, BATCH = 32, 16  # pixels, images
+NORMS: tuple[Norm, ...] = ("affine", "batch")
+
+Arrays = dict[str, np.ndarray]  # leaves of the trees "gradients" and "parameters"
+
+
+class Setup(NamedTuple):
+    """How an update is computed."""
+
+    devices: int  # of all processes together
+    how: Literal["jit", "pmap"]
+    processes: int
+
+
+REFERENCE = "one device"
+SETUPS = {
+    REFERENCE: Setup(1, "jit", 1),
+    "one device again": Setup(1, "jit", 1),
+    "four devices, jit": Setup(4, "jit", 1),
+    "four devices, pmap": Setup(4, "pmap", 1),
+    "two processes of two devices": Setup(4, "jit", 2),
 }
-RATE = 0.01
 
 
-def learn(way: str, norm: str, process: int, coordinator: str, out: str) -> None:
-    """Three updates; the first process writes the first's gradients and the last's parameters."""
-    devices, how, processes = WAYS[way]
-    jax.config.update("jax_num_cpu_devices", devices // processes)
-    parallel.configure()
-    if processes > 1:
-        parallel.join(coordinator, processes, process)
-    chosen = parallel.choose(None, "pmap" if how == "pmap" else "jit")
-    everywhere = parallel.whole(chosen)
-    model = VAE(size=32, norm="batch" if norm == "batch" else "frozen")
-    loss = partial(objectives.report, model=model, kl_weight=0.01)
-    optimizer = optax.chain(optax.trace(decay=0), optax.sgd(RATE))  # keeps the last gradient
-    key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
-    begin = partial(init, model=model, optimizer=optimizer)
-    state = jax.jit(begin, out_shardings=everywhere)(key)
-    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+def train(setup: Setup, norm: Norm, process: int, coordinator: str, out: str) -> None:
+    """Make three updates as one of the processes of a setup; the first process writes `out`."""
+    jax.config.update("jax_num_cpu_devices", setup.devices // setup.processes)
+    dev.configure()
+    if setup.processes > 1:
+        dev.initialize_processes(coordinator, setup.processes, process)
+    devices = dev.choose(None, setup.how)
+    optimizer = optax.chain(optax.trace(decay=0), optax.sgd(LEARNING_RATE))  # keeps the gradient
+    trainer = Trainer(VAE(size=SIZE, norm=norm), partial(losses.mse_kl, kl_weight=0.01), optimizer)
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=dev.replicated(devices))()
+    state = compile_init(trainer, devices=devices)(key)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
-    step = programs.compile_train_step(loss, optimizer, state, shape, key, devices=chosen)
-    kept = []
-    for number in range(3):
-        state, _ = step.run(state, images[parallel.rows(chosen, len(images))], key)
-        if number == 0:
-            kept = [jax.tree.map(np.array, parallel.here(state.opt_state[0].trace))]
-    kept.append(jax.tree.map(np.array, parallel.here(state.params)))
-    if parallel.is_first():
-        names = ("gradients", "parameters")
+    step = compile_train_step(trainer, state, None, shape, key, devices=devices)
+    trees = {}
+    for update in range(3):
+        state, _ = step.run(state, images[dev.rows(devices, len(images))], key)
+        if update == 0:
+            trees["gradients"] = jax.tree.map(np.array, dev.local(state.opt_state[0].trace))
+    trees["parameters"] = jax.tree.map(np.array, dev.local(state.params))
+    if dev.is_first():
         arrays = {
             f"{name}/{i}": leaf
-            for name, tree in zip(names, kept, strict=True)
+            for name, tree in trees.items()
             for i, leaf in enumerate(jax.tree.leaves(tree))
         }
         np.savez(out, **arrays)
 
 
-def run(way: str, norm: str, folder: Path) -> dict[str, np.ndarray]:
+def run(name: str, norm: Norm, folder: Path) -> Arrays:
+    """Train with a setup in new processes, and return its gradients and parameters."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    out = folder / f"{way}-{norm}.npz"
+    out = folder / f"{name}-{norm}.npz"
     commands = [
-        [sys.executable, __file__, way, norm, str(process), coordinator, str(out)]
-        for process in range(WAYS[way][2])
+        [sys.executable, __file__, name, norm, str(process), coordinator, str(out)]
+        for process in range(SETUPS[name].processes)
     ]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
     for process in processes:
@@ -86,31 +103,34 @@ def run(way: str, norm: str, folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray], what: str) -> tuple[float, float]:
-    """The length of the difference as a part of the first one's, and its largest number."""
-    one, other = (
-        np.concatenate([found[n].ravel() for n in found if n.startswith(what)]) for found in (a, b)
+def difference(expected: Arrays, actual: Arrays, tree: str) -> tuple[float, float]:
+    """Return the relative norm of the difference of a tree, and its largest absolute value."""
+    a, b = (
+        np.concatenate([arrays[name].ravel() for name in arrays if name.startswith(tree)])
+        for arrays in (expected, actual)
     )
-    difference = np.abs(one - other)
-    return float(np.linalg.norm(difference) / np.linalg.norm(one)), float(difference.max())
+    distances = np.abs(a - b)
+    return float(np.linalg.norm(distances) / np.linalg.norm(a)), float(distances.max())
 
 
 def main() -> None:
     print(f"{'norm':<8}{'against one device':<30}{'gradients':>20}{'parameters':>22}")
     with tempfile.TemporaryDirectory() as folder:
-        for norm in ("frozen", "batch"):
-            alone = run("one device", norm, Path(folder))
-            for way in list(WAYS)[1:]:
-                other = run(way, norm, Path(folder))
-                line = f"{norm:<8}{way:<30}"
-                for what in ("gradients", "parameters"):
-                    part, largest = apart(alone, other, what)
-                    line += f"{part:>11.1e} {largest:>9.1e}"
+        for norm in NORMS:
+            expected = run(REFERENCE, norm, Path(folder))
+            for name in [name for name in SETUPS if name != REFERENCE]:
+                actual = run(name, norm, Path(folder))
+                line = f"{norm:<8}{name:<30}"
+                for tree in ("gradients", "parameters"):
+                    relative, largest = difference(expected, actual, tree)
+                    line += f"{relative:>11.1e} {largest:>9.1e}"
                 print(line, flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        learn(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])
+        _, name, norm_name, process, coordinator, out = sys.argv
+        norm: Norm = "batch" if norm_name == "batch" else "affine"
+        train(SETUPS[name], norm, int(process), coordinator, out)
     else:
         main()

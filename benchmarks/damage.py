@@ -1,11 +1,12 @@
-"""Damage the files of a checkpoint: who notices?
+"""Damage the files of a checkpoint, and count who detects it: Orbax alone, and vaejax.
 
     python benchmarks/damage.py 80
     python benchmarks/damage.py 400 --seed 1 --json damage.json
 
-A small run leaves a checkpoint. In copies of it a bit is flipped so many times, every other time in
-its largest file, and then each file is cut in half, emptied, and deleted. Each copy is read by
-Orbax alone, as any program would, and checked by vaejax. Exits with 1 if vaejax lets one pass.
+A short run leaves a checkpoint. In copies of it, as many single bits are flipped as the first
+argument says, every other one in the largest file; then each file is cut in half, emptied and
+deleted. Orbax alone reads every copy, as any program would, and vaejax compares it with its
+manifest. Exits with 1 if vaejax accepts a damaged copy.
 """
 
 import argparse
@@ -26,109 +27,117 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vaejax.training import manifest
+from vaejax.files import write_json
+from vaejax.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("--size", "16", "--batch-size", "16", "--steps", "8")
+UPDATES = 8
+FLAGS = ("--size", "16", "--batch-size", "16", "--steps", str(UPDATES))
+FLIP = "a bit flipped"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path: path.write_bytes(b""),
     "deleted": lambda path: path.unlink(),
 }
+OUTCOMES = ("read as something else", "read as it was", "an error")  # of reading by Orbax
+
+Damage = Callable[[Path], object]  # changes a copy of the checkpoint
 
 
-def by_orbax(folder: Path) -> str:
-    """A digest of all that it reads."""
+def read_by_orbax(folder: Path) -> str:
+    """Return a hash of all that Orbax reads from a checkpoint."""
     parts = {"state": ocp.args.StandardRestore(), "data": ocp.args.JsonRestore()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        read = reader.restore(folder, ocp.args.Composite(**parts))
-    total = hashlib.sha256(json.dumps(read["data"]).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(read["state"]):
+        content = reader.restore(folder, ocp.args.Composite(**parts))
+    total = hashlib.sha256(json.dumps(content["data"]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(content["state"]):
         total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return total.hexdigest()
 
 
-def outcome(folder: Path, expected: str) -> tuple[str, bool]:
-    """What Orbax makes of it, and whether vaejax notices."""
+def examine(folder: Path, expected: str) -> tuple[str, bool]:
+    """Return what Orbax makes of a checkpoint, and whether vaejax detects the damage."""
     try:
-        alone = "read as it was" if by_orbax(folder) == expected else "read as something else"
-    except Exception:  # it has many
-        alone = "an error"
+        outcome = OUTCOMES[1] if read_by_orbax(folder) == expected else OUTCOMES[0]
+    except Exception:  # Orbax raises many kinds
+        outcome = OUTCOMES[2]
     try:
-        manifest.check(folder)
-    except manifest.Damaged:
-        return alone, True
-    return alone, False
+        checkpoint.check_manifest(folder)
+    except checkpoint.Damaged:
+        return outcome, True
+    return outcome, False
 
 
-def flips(whole: Path, number: int, chance: random.Random) -> Iterator[Callable[[Path], object]]:
-    """So many ways of flipping a bit in a copy."""
-    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
-    files = sorted(name for name in files if (whole / name).stat().st_size)
-    largest = max(files, key=lambda name: (whole / name).stat().st_size)
-    for i in range(number):
+def bit_flips(original: Path, count: int, chance: random.Random) -> Iterator[Damage]:
+    """Yield functions that flip one bit of a copy, every other one in the largest file."""
+    files = [path.relative_to(original) for path in original.rglob("*") if path.is_file()]
+    files = sorted(name for name in files if (original / name).stat().st_size)
+    largest = max(files, key=lambda name: (original / name).stat().st_size)
+    for i in range(count):
         name = largest if i % 2 else chance.choice(files)
-        at, bit = chance.randrange((whole / name).stat().st_size), chance.randrange(8)
+        position = chance.randrange((original / name).stat().st_size)
+        bit = chance.randrange(8)
 
-        def flip(copy: Path, name: Path = name, at: int = at, bit: int = bit) -> None:
+        def flip(copy: Path, name: Path = name, position: int = position, bit: int = bit) -> None:
             content = bytearray((copy / name).read_bytes())
-            content[at] ^= 1 << bit
+            content[position] ^= 1 << bit
             (copy / name).write_bytes(content)
 
         yield flip
 
 
+def all_damages(original: Path, flips: int, seed: int) -> Iterator[tuple[str, Damage]]:
+    """Yield the kind of every damage, and the function that does it to a copy."""
+    for flip in bit_flips(original, flips, random.Random(seed)):
+        yield FLIP, flip
+    for kind, damage in DAMAGES.items():
+        for path in sorted(original.rglob("*")):
+            if path.is_file() and (path.stat().st_size or kind == "deleted"):
+                name = path.relative_to(original)
+                yield kind, lambda copy, name=name, damage=damage: damage(copy / name)
+
+
+def measure(folder: Path, *, flips: int, seed: int) -> tuple[dict[str, Counter[str]], int]:
+    """Train, and damage copies of the checkpoint: Orbax' outcomes by the kind of damage, and the
+    number of damages that vaejax detects."""
+    run, copy = folder / "run", folder / "copy"
+    command = [sys.executable, str(ROOT / "experiments" / "anime.py"), *FLAGS, "--out", str(run)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    original = checkpoint.path(run, UPDATES)
+    expected = read_by_orbax(original)
+    checkpoint.check_manifest(original)
+    outcomes = {kind: Counter() for kind in (FLIP, *DAMAGES)}
+    detected = 0
+    for kind, damage in all_damages(original, flips, seed):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(original, copy)
+        damage(copy)
+        outcome, is_detected = examine(copy, expected)
+        outcomes[kind][outcome] += 1
+        detected += is_detected
+    return outcomes, detected
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="who notices a damaged checkpoint?")
+    parser = argparse.ArgumentParser(description="who detects a damaged checkpoint?")
     parser.add_argument("flips", type=int, help="how many bits to flip, one at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the places")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    given = parser.parse_args()
-    if given.flips < 1:
-        parser.error(f"{given.flips}: at least 1")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of each error at length
-    with tempfile.TemporaryDirectory() as place:
-        run, copy = Path(place) / "run", Path(place) / "copy"
-        command = [
-            sys.executable,
-            str(ROOT / "experiments" / "anime.py"),
-            *FLAGS,
-            "--out",
-            str(run),
-        ]
-        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-        whole = run / "checkpoints" / "0000008"
-        expected = by_orbax(whole)
-        manifest.check(whole)
-        found: dict[str, Counter[str]] = {"a bit flipped": Counter()}
-        noticed = total = 0
-
-        def one(kind: str, damage: Callable[[Path], object]) -> None:
-            nonlocal noticed, total
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(whole, copy)
-            damage(copy)
-            alone, ours = outcome(copy, expected)
-            found.setdefault(kind, Counter())[alone] += 1
-            noticed, total = noticed + ours, total + 1
-
-        for flip in flips(whole, given.flips, random.Random(given.seed)):
-            one("a bit flipped", flip)
-        for kind, damage in DAMAGES.items():
-            for path in sorted(whole.rglob("*")):
-                if path.is_file() and (path.stat().st_size or kind == "deleted"):
-                    name = path.relative_to(whole)
-                    one(kind, lambda copy, name=name, damage=damage: damage(copy / name))
-    columns = ("read as something else", "read as it was", "an error")
-    print(f"{'by Orbax alone':<16}" + "".join(f"{name:>24}" for name in columns))
-    for kind, counts in found.items():
-        print(f"{kind:<16}" + "".join(f"{counts[name]:>24}" for name in columns))
-    print(f"noticed by vaejax: {noticed} of {total}")
-    if given.json:
-        report = {"machine": platform.platform(), "seed": given.seed, "by_orbax": found}
-        report |= {"noticed": noticed, "total": total}
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if noticed == total else 1)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of bits")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    if options.flips < 1:
+        parser.error(f"{options.flips}: at least 1")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error at length
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes, detected = measure(Path(folder), flips=options.flips, seed=options.seed)
+    total = sum(counts.total() for counts in outcomes.values())
+    print(f"{'by Orbax alone':<16}" + "".join(f"{outcome:>24}" for outcome in OUTCOMES))
+    for kind, counts in outcomes.items():
+        print(f"{kind:<16}" + "".join(f"{counts[outcome]:>24}" for outcome in OUTCOMES))
+    print(f"noticed by vaejax: {detected} of {total}")
+    if options.json:
+        result = {"machine": platform.platform(), "seed": options.seed, "by_orbax": outcomes}
+        write_json(options.json, {**result, "noticed": detected, "total": total})
+    sys.exit(0 if detected == total else 1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Kill a run at random, again and again, and start the same command again: does it end the same?
+"""Kill a run at random moments, resume it, and compare its result with that of an unkilled run.
 
     python benchmarks/kill.py 50
     python benchmarks/kill.py 4 --seed 1 --json kill.json
 
-A small but whole run, streamed images, pictures, film, figures and checkpoints on, is made once
-without interruption. Others like it are then killed with SIGKILL so many times in all, each time
-after they have made progress: every second time at a random moment, every other time as soon as a
-checkpoint begins to be written, or some milliseconds later. Whenever one of them comes to its end,
-everything is compared: the SHA-256 over parameters, statistics, optimiser, step and position in the
-data; every line of metrics.jsonl but for the speed; every picture, and the film, byte by byte.
-Exits with 1 if anything differs.
+A small run that does everything (streamed images, pictures, film, metrics, checkpoints) is made
+once without interruption. Other runs of the same command are killed with SIGKILL, as often in all
+as the first argument says, each time after they have made progress: every second kill is at a
+random moment, every other one as soon as a checkpoint begins to be written, or some milliseconds
+later. Whenever a run finishes, everything is compared: the SHA-256 over parameters, batch_stats,
+optimizer, step and position in the data; every line of metrics.jsonl except for the speed; every
+picture, and the film, byte by byte. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -29,201 +29,227 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vaejax.data.demo import drawn_faces
+from vaejax.data.sources import drawn_faces
+from vaejax.files import PARTIAL, read_json, write_json
+from vaejax.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
-FACES = 100  # 90 of which are learned from
+FACES = 100  # 90 of them are training images
+CHECKPOINT_STEPS = 7
 FLAGS = (
     *("--recipe", "quick", "--size", "16", "--batch-size", "9", "--epochs", "6"),
-    *("--log-steps", "1", "--checkpoint-steps", "7"),
+    *("--log-steps", "1", "--checkpoint-steps", str(CHECKPOINT_STEPS)),
 )
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One of them."""
+    """The state of a run when it was killed."""
 
-    resumed_at: int  # updates that the checkpoint had which it had begun with
-    reached: int  # updates, when it was killed
-    kept: int  # updates that the newest whole checkpoint had then
+    resumed_at: int  # updates of the checkpoint that this start resumed from
+    reached: int  # updates made, when it was killed
+    kept: int  # updates of the newest complete checkpoint at that time
     in_a_save: bool  # whether an unfinished checkpoint was left
-    seconds_to_first_step: float  # from its start
+    seconds_to_first_step: float  # from the start of the process
 
 
 class Run:
-    """A run in a folder of its own, begun and killed as often as one likes."""
+    """A run in a folder of its own, which can be started and killed any number of times."""
 
     def __init__(self, folder: Path, faces: Path):
         self.folder = folder
+        self._metrics = folder / "metrics.jsonl"
         self._command = [
             *(sys.executable, str(ROOT / "experiments" / "anime.py"), *FLAGS),
             *("--data", str(faces), "--out", str(folder)),
         ]
 
     def start(self) -> subprocess.Popen:
+        """Start the run, or resume it, in a process of its own."""
         return subprocess.Popen(
             self._command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
 
-    def end(self, process: subprocess.Popen) -> None:
+    def finish(self, process: subprocess.Popen) -> None:
+        """Wait for the end of the process, and exit with its error if it failed."""
         _, errors = process.communicate()
         if process.returncode != 0:
             sys.exit(f"{self.folder} ended with {process.returncode}:\n{errors[-2000:]}")
 
     def steps(self) -> list[int]:
-        """The updates that are written down."""
-        return [entry["step"] for entry in self.lines() if entry["split"] == "train"]
+        """Return the updates that metrics.jsonl has lines of."""
+        return [line["step"] for line in self.lines() if line["split"] == "train"]
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        """Yield the complete lines of metrics.jsonl, without the speed."""
+        text = self._metrics.read_text(encoding="utf-8") if self._metrics.exists() else ""
+        for line in text.splitlines():
             try:
-                entry = json.loads(line)
+                values = json.loads(line)
             except ValueError:  # it is being written
                 return
-            yield {name: v for name, v in entry.items() if name != "images_per_second"}
+            yield {name: v for name, v in values.items() if name != "images_per_second"}
 
-    def log(self) -> int:
-        """Which file holds the lines, by a number."""
-        path = self.folder / "metrics.jsonl"
-        return path.stat().st_ino if path.exists() else 0
+    def metrics_size(self) -> int:
+        """Return the bytes of metrics.jsonl, 0 without one."""
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+    def metrics_inode(self) -> int:
+        """Return which file metrics.jsonl is: every start of the run replaces it."""
+        return self._metrics.stat().st_ino if self._metrics.exists() else 0
 
     def checkpoints(self) -> list[str]:
-        folder = self.folder / "checkpoints"
+        """List the folder of checkpoints, unfinished ones included."""
+        folder = self.folder / checkpoint.FOLDER
         return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def newest(self) -> int:
-        """Updates of the newest checkpoint."""
+        """Return the updates of the newest checkpoint, 0 without one."""
         return max((int(name) for name in self.checkpoints() if name.isdigit()), default=0)
 
-    def saving(self) -> bool:
-        return any(name.startswith(".partial-") for name in self.checkpoints())
+    def is_saving(self) -> bool:
+        """Tell whether there is an unfinished checkpoint."""
+        return any(name.startswith(PARTIAL) for name in self.checkpoints())
 
     def result(self) -> dict[str, Any]:
-        """All that must not depend on whether it was interrupted."""
-        newest = self.folder / "checkpoints" / f"{self.newest():07}" / "manifest.json"
-        seen = {
+        """Return everything that must not depend on whether the run was interrupted."""
+        newest = checkpoint.path(self.folder, self.newest())
+        pictures = {
             str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(self.folder.rglob("*"))
             if path.suffix in (".png", ".gif", ".mp4") and path.name != "curves.png"
         }
         return {
-            "state": json.loads(newest.read_text(encoding="utf-8"))["state"],
+            "state": read_json(newest / checkpoint.MANIFEST)["state"],
             "checkpoints": self.checkpoints(),
-            "status": json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["status"],
+            "status": read_json(self.folder / "run.json")["status"],
             "lines": list(self.lines()),
-            "pictures": seen,
+            "pictures": pictures,
         }
 
 
-def killed(run: Run, chance: random.Random, *, in_a_save: bool, moment: float) -> Kill | None:
-    """Start the run, and kill it after it made progress; None if it came to its end before."""
-    resumes, began = run.newest(), time.monotonic()
+def start_and_kill(
+    run: Run, chance: random.Random, *, in_a_save: bool, duration: float
+) -> Kill | None:
+    """Start the run and kill it after it has made progress; None if it finished before.
+
+    `duration` is the number of seconds that a run trains for: the kill comes within it.
+    """
+    resumed_at, started = run.newest(), time.monotonic()
+    inode = run.metrics_inode()
     process = run.start()
-    # the file is made anew before the first line: until then it is that of the run that was killed
-    log, old = run.folder / "metrics.jsonl", run.log()
-    if not _until(lambda: run.log() != old and log.stat().st_size > 0, process, 0.002):
-        return _ended(run, process)
-    if not _until(lambda: max(run.steps(), default=-1) >= resumes, process, 0.002):
-        return _ended(run, process)
-    first_step = time.monotonic() - began
-    wait = chance.uniform(0, moment)
+
+    def has_progressed() -> bool:
+        # until metrics.jsonl is replaced it is that of the process that was killed
+        replaced = run.metrics_inode() != inode and run.metrics_size() > 0
+        return replaced and max(run.steps(), default=-1) >= resumed_at
+
+    if not wait_for(has_progressed, process, interval=0.002):
+        run.finish(process)
+        return None
+    seconds_to_first_step = time.monotonic() - started
+    delay = chance.uniform(0, duration)
     if in_a_save:
-        if not _until(run.saving, process, 0.0005):
-            return _ended(run, process)
-        wait = chance.uniform(0, 0.05)
-    time.sleep(wait)
+        if not wait_for(run.is_saving, process, interval=0.0005):
+            run.finish(process)
+            return None
+        delay = chance.uniform(0, 0.05)
+    time.sleep(delay)
     process.kill()
     process.communicate()
     if process.returncode == 0:
         return None
     reached = max(run.steps(), default=-1) + 1
-    return Kill(resumes, reached, run.newest(), run.saving(), first_step)
+    return Kill(resumed_at, reached, run.newest(), run.is_saving(), seconds_to_first_step)
 
 
-def _ended(run: Run, process: subprocess.Popen) -> None:
-    run.end(process)
-
-
-def _until(there: Callable[[], bool], process: subprocess.Popen, pause: float) -> bool:
-    """Whether it came before the process ended."""
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, *, interval: float) -> bool:
+    """Wait until a condition holds; False if the process ended before. `interval` is in seconds."""
     while process.poll() is None:
-        if there():
+        if condition():
             return True
-        time.sleep(pause)
+        time.sleep(interval)
     return False
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    found = [name for name in one if name != "pictures" and one[name] != other[name]]
-    names = one["pictures"].keys() | other["pictures"].keys()
-    return found + sorted(
-        name for name in names if one["pictures"].get(name) != other["pictures"].get(name)
-    )
+def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
+    """List the parts of two results, and the pictures, that differ."""
+    parts = [name for name in expected if name != "pictures" and expected[name] != actual[name]]
+    before, after = expected["pictures"], actual["pictures"]
+    names = before.keys() | after.keys()
+    return parts + sorted(name for name in names if before.get(name) != after.get(name))
+
+
+def kill_runs(
+    folder: Path, faces: Path, *, count: int, chance: random.Random
+) -> tuple[dict[str, Any], list[Kill], list[list[str]]]:
+    """Kill runs until there are `count` kills.
+
+    Returns the result of the unkilled run, the kills, and the differences of every killed run.
+    """
+    reference = Run(folder / "reference", faces)
+    process = reference.start()
+    wait_for(lambda: bool(reference.steps()), process, interval=0.01)
+    started = time.monotonic()
+    reference.finish(process)
+    duration, expected = time.monotonic() - started, reference.result()
+    print(f"an unkilled run takes {duration:.1f} s from its first update to its end", flush=True)
+    kills: list[Kill] = []
+    different: list[list[str]] = []
+    while len(kills) < count:
+        run = Run(folder / f"run-{len(different)}", faces)
+        while len(kills) < count:
+            in_a_save = len(kills) % 2 == 1
+            kill = start_and_kill(run, chance, in_a_save=in_a_save, duration=duration)
+            if kill is None:
+                break
+            kills.append(kill)
+            where = " in a save" if kill.in_a_save else ""
+            steps = f"resumed at {kill.resumed_at}, killed at {kill.reached}"
+            print(f"kill {len(kills)}: {steps}{where}", flush=True)
+        run.finish(run.start())
+        different.append(differences(expected, run.result()))
+        text = ", ".join(different[-1]) or "no difference"
+        print(f"run {len(different)} has finished: {text}", flush=True)
+    return expected, kills, different
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="does a run that is killed end the same?")
-    parser.add_argument("runs", type=int, help="how many times to kill")
+    parser.add_argument("kills", type=int, help="how many times to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    given = parser.parse_args()
-    if given.runs < 1:
-        parser.error(f"{given.runs}: at least 1")
-    chance = random.Random(given.seed)
-    kills: list[Kill] = []
-    compared, different = 0, []
-    with tempfile.TemporaryDirectory() as place:
-        faces = Path(place) / "faces"
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    if options.kills < 1:
+        parser.error(f"{options.kills}: at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        faces = Path(folder) / "faces"
         with zipfile.ZipFile(drawn_faces()) as drawn:
             names = [name for name in drawn.namelist() if name.endswith(".webp")]
             drawn.extractall(faces, names[:FACES])
-        whole = Run(Path(place) / "whole", faces)
-        process = whole.start()
-        _until(lambda: bool(whole.steps()), process, 0.01)
-        began = time.monotonic()
-        whole.end(process)
-        moment, expected = time.monotonic() - began, whole.result()
-        print(f"a whole run takes {moment:.1f} s from its first update to its end", flush=True)
-        while len(kills) < given.runs:
-            run = Run(Path(place) / f"run-{compared}", faces)
-            while len(kills) < given.runs:
-                one = killed(run, chance, in_a_save=len(kills) % 2 == 1, moment=moment)
-                if one is None:
-                    break
-                kills.append(one)
-                print(
-                    f"kill {len(kills)}: begun at {one.resumed_at}, killed at {one.reached}"
-                    + (" in a save" if one.in_a_save else ""),
-                    flush=True,
-                )
-            run.end(run.start())
-            found = differences(expected, run.result())
-            compared, different = compared + 1, different + found
-            print(
-                f"run {compared} is at its end: {', '.join(found) or 'no difference'}", flush=True
-            )
-    inside = sum(kill.in_a_save for kill in kills)
+        chance = random.Random(options.seed)
+        expected, kills, runs = kill_runs(Path(folder), faces, count=options.kills, chance=chance)
+    different = [name for names in runs for name in names]
+    in_saves = sum(kill.in_a_save for kill in kills)
     lost = max(kill.reached - kill.kept for kill in kills)
     updates = sum(line["split"] == "train" for line in expected["lines"])
-    resumes = [kill.seconds_to_first_step for kill in kills if kill.resumed_at]
     print(
-        f"{len(kills)} kills, {inside} of them in a save, in {compared} runs of {updates} updates: "
-        f"{len(different)} differences; at most {lost} updates lost, of an interval of 7"
+        f"{len(kills)} kills, {in_saves} of them in a save, in {len(runs)} runs of {updates} "
+        f"updates: {len(different)} differences; at most {lost} updates were lost, with a "
+        f"checkpoint every {CHECKPOINT_STEPS}"
     )
-    if resumes:
-        print(
-            f"from the start to the first update again: {statistics.median(resumes):.1f} s (median)"
-        )
-    if given.json:
-        found = {
+    if resumed := [kill.seconds_to_first_step for kill in kills if kill.resumed_at]:
+        median = statistics.median(resumed)
+        print(f"from the start of a resumed run to its first update: {median:.1f} s (median)")
+    if options.json:
+        result = {
             "machine": platform.platform(),
-            "seed": given.seed,
+            "seed": options.seed,
             "differences": different,
-            "runs": compared,
+            "runs": len(runs),
             "kills": [asdict(kill) for kill in kills],
         }
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     sys.exit(1 if different else 0)
 
 

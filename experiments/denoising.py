@@ -11,22 +11,25 @@ many epochs it had is not known: the 50 are ours.
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vaejax import cli, objectives
+from vaejax import cli, losses
 from vaejax.models.denoising import Denoising
 from vaejax.models.layers import Norm
-from vaejax.training.config import Config, Recipe, settle
+from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
+from vaejax.training.optimizer import adam
 
 
 @dataclass(frozen=True)
 class Flags(Config):
     noise: float | None = None  # standard deviation of what is added, where 1 is black to white
     width: int | None = None  # channels of every layer but the last
-    norm: Norm | None = None  # "batch": real batch norm; "frozen": its scale and shift alone
+    norm: Norm | None = None  # "batch": batch norm; "affine": its scale and shift alone
 
 
-LOSS = partial(objectives.reconstruction, error="bce")
-REPORT = Recipe("report", Denoising(), LOSS, epochs=50, learning_rate=1e-3, b1=0.9)
+LOSS = partial(losses.reconstruction, error="bce")
+REPORT = Recipe(
+    "report", Denoising(), LOSS, epochs=50, learning_rate=1e-3, optimizer=partial(adam, b1=0.9)
+)
 QUICK = replace(
     REPORT,
     name="quick",
@@ -38,7 +41,7 @@ QUICK = replace(
 
 
 def main(config: Flags) -> None:
-    fit("denoising", config, settle(config, REPORT, QUICK))
+    fit("denoising", config, resolve(config, REPORT, QUICK))
 
 
 if __name__ == "__main__":

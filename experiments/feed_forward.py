@@ -11,10 +11,11 @@ it had is not known: the 50 are ours.
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vaejax import cli, objectives
+from vaejax import cli, losses
 from vaejax.models.feed_forward import FeedForward
-from vaejax.training.config import Config, Recipe, settle
+from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
+from vaejax.training.optimizer import adam
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class Flags(Config):
     latent_dim: int | None = None  # numbers that describe a face
 
 
-LOSS = partial(objectives.reconstruction, error="mse")
-REPORT = Recipe("report", FeedForward(), LOSS, epochs=50, learning_rate=1e-3, b1=0.9)
+LOSS = partial(losses.reconstruction, error="mse")
+REPORT = Recipe(
+    "report", FeedForward(), LOSS, epochs=50, learning_rate=1e-3, optimizer=partial(adam, b1=0.9)
+)
 # On bright pictures most units of the bottleneck are 0 for every face, from the first updates on:
 # of these 256 some 30 stay alive.
 QUICK = replace(
@@ -38,7 +41,7 @@ QUICK = replace(
 
 
 def main(config: Flags) -> None:
-    fit("feed-forward", config, settle(config, REPORT, QUICK))
+    fit("feed-forward", config, resolve(config, REPORT, QUICK))
 
 
 if __name__ == "__main__":

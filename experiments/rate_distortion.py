@@ -16,14 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from vaejax import cli, objectives
+from vaejax import cli, losses
 from vaejax.errors import UserError
-from vaejax.evaluation import sweep
+from vaejax.evaluation.rate_distortion import measure, sweep, write
 from vaejax.models.layers import Norm
 from vaejax.models.vae import VAE
-from vaejax.training import parallel
-from vaejax.training.config import Config, Recipe, settle
+from vaejax.training import devices
+from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
+from vaejax.training.optimizer import adam
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Flags(Config):
     weights: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003, 0.03, 0.3)  # of the kl, to sweep
     recipe: Literal["quick"] | None = None  # there is but one
     latent_dim: int | None = None  # numbers that describe a face
-    norm: Norm | None = None  # "frozen": what the report really trained; "batch": real batch norm
+    norm: Norm | None = None  # "affine": what the report really trained; "batch": batch norm
     width: int | None = None  # channels of the first convolution
 
 
@@ -39,37 +40,36 @@ class Flags(Config):
 SWEEP = Recipe(
     "quick",
     VAE(latent_dim=512, width=12, norm="batch", output_norm=False, log_variance_bound=6.0),
-    partial(objectives.report, kl_weight=0.01),
+    partial(losses.mse_kl, kl_weight=0.01),
     epochs=1000,
     steps=1000,
     batch_size=16,
     learning_rate=2e-3,
-    b1=0.9,
+    optimizer=partial(adam, b1=0.9),
     cosine_decay=True,
 )
 
 
 def main(config: Flags) -> None:
-    if not parallel.alone():
+    if not devices.is_single_process():
         raise UserError("a sweep is the work of one process: start it without a launcher")
     root = config.out or Path("runs/rate-distortion")
-    recipe = settle(replace(config, recipe="quick"), SWEEP)
-    latents, values = recipe.model.code[0], recipe.model.size**2 * recipe.model.channels
-    known = {"report": 0.01, "PyTorch-VAE": 0.00025 * latents, "pythae": 2 * latents / values}
-    losses = sweep.losses([*config.weights, *known.values()])
-    folders: dict[str, Path] = {}
-    for number, (name, loss) in enumerate(losses.items(), 1):
-        print(f"\nrun {number} of {len(losses)}: {name}", flush=True)
-        folder = fit(
-            "rate-distortion", replace(config, out=root / name), replace(recipe, loss=loss)
-        )
+    recipe = resolve(config, SWEEP)
+    model = recipe.model
+    latents, values = model.latent_dim, model.size**2 * model.channels
+    weights = {"report": 0.01, "PyTorch-VAE": 0.00025 * latents, "pythae": 2 * latents / values}
+    runs = sweep([*config.weights, *weights.values()])
+    points = {}
+    for number, (name, loss) in enumerate(runs.items(), 1):
+        print(f"\nrun {number} of {len(runs)}: {name}", flush=True)
+        out = replace(config, out=root / name)
+        folder = fit("rate-distortion", out, replace(recipe, loss=loss))
         if folder is None:  # a dry run: the others are of the same kind
             return
-        folders[name] = folder
-    found = {name: sweep.measure(folder, seed=config.seed) for name, folder in folders.items()}
-    named = {f"{who} ({w:.4g})": found[f"kl-{w:.4g}"] for who, w in known.items()}
-    title = f"{latents} latents, {recipe.model.size} px, batches of {recipe.batch_size}"
-    print("\n".join(sweep.write(root, found, named, title=f"{title}, seed {config.seed}")))
+        points[name] = measure(folder, seed=config.seed)
+    recommended = {f"{who} ({w:.4g})": points[f"kl-{w:.4g}"] for who, w in weights.items()}
+    title = f"{latents} latents, {model.size} px, batches of {recipe.batch_size}"
+    print("\n".join(write(root, points, recommended, title=f"{title}, seed {config.seed}")))
     print(f"The curve: {root / 'rate_distortion.png'}")
 
 

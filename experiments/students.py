@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from vaejax import cli, objectives
+from vaejax import cli, losses
 from vaejax.errors import UserError
 from vaejax.models.layers import Norm
 from vaejax.models.vae import VAE
-from vaejax.training.config import Config, Recipe, settle
+from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
 
 
@@ -31,10 +31,10 @@ class Flags(Config):
     crop_faces: bool = True  # cut every picture down to its largest face
     kl_weight: float | None = None  # loss = mse + kl_weight * kl, both means
     latent_dim: int | None = None  # numbers that describe a face
-    norm: Norm | None = None  # "frozen": what the report really trained; "batch": real batch norm
+    norm: Norm | None = None  # "affine": what the report really trained; "batch": batch norm
 
 
-REPORT = Recipe("report", VAE(size=256), partial(objectives.report, kl_weight=0.01), epochs=1500)
+REPORT = Recipe("report", VAE(size=256), partial(losses.mse_kl, kl_weight=0.01), epochs=1500)
 
 
 def main(config: Flags) -> None:
@@ -43,7 +43,7 @@ def main(config: Flags) -> None:
             "no photographs ship with vaejax: give --data, a folder or zip with one sub-folder a "
             "person, such as students/anna/1.jpg, students/anna/2.jpg, students/ben/1.jpg"
         )
-    fit("students", config, settle(config, REPORT))
+    fit("students", config, resolve(config, REPORT))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     pip install dicebear-core==10.7.0 dicebear-styles==10.6.0 resvg_py==0.5.0 pillow==13.0.0
     python scripts/draw_faces.py            # about ten minutes; the same bytes every time
 
-The art is ToonHead by Johan Melin (CC BY 4.0). What is changed, so that a face can be made out
-at 64 pixels and learned in minutes: cut to the head, eyes and mouth larger, colours of our own,
-glasses added. Credit and licence: `vaejax/data/drawn_faces.md`.
+The art is ToonHead by Johan Melin (CC BY 4.0). It is changed so that faces are legible at 64 pixels
+and a model learns them in minutes: cut to the head, with larger eyes and mouths, other colours, and
+glasses. Credit and licence: `vaejax/data/drawn_faces.md`.
 """
 
 import csv
@@ -38,7 +38,7 @@ BACKGROUNDS = {
     "sky": "#a9d9f2", "mint": "#b9ecc8", "rose": "#ffc6d3", "peach": "#ffd9ad",
     "lemon": "#fff1a3", "lilac": "#cdbdf0",
 }  # fmt: skip
-# weights: what is rare is hard to learn, so nothing is
+# weights; no value is rare, because rare ones are hard to learn
 HAIR = {"sideComed": 3, "spiky": 2, "bun": 2, "undercut": 2}
 REAR_HAIR = {"": 3, "longStraight": 2, "longWavy": 1, "neckHigh": 1, "shoulderHigh": 1}
 EYES = {"wide": 6, "happy": 3, "humble": 1, "wink": 1}
@@ -46,8 +46,8 @@ EYEBROWS = {"neutral": 3, "raised": 2, "angry": 1, "happy": 2, "sad": 1}
 MOUTH = {"laugh": 3, "smile": 3, "agape": 2, "sad": 1}
 GLASSES = {"no": 4, "yes": 1}
 
-# part: its place in the drawing, its size, how much larger it is drawn (across, down)
-PLACES = {
+# part: its transform in the drawing, its size, how much larger it is drawn (across, down)
+ENLARGED = {
     "eyes": ("translate(253 367)", (261.15, 73.47), (1.1, 1.45)),
     "mouth": ("translate(326 487)", (117, 52), (1.35, 1.6)),
 }
@@ -59,18 +59,20 @@ GLASSES_ART = (
 
 
 def draw_attributes(chance: random.Random) -> dict[str, str]:
-    def one(weights: dict[str, int]) -> str:
+    """Choose at random what a face shows."""
+
+    def choose(weights: dict[str, int]) -> str:
         return chance.choices(list(weights), weights=list(weights.values()))[0]
 
     face = {
-        "hair": one(HAIR),
-        "rear_hair": one(REAR_HAIR) or "none",
+        "hair": choose(HAIR),
+        "rear_hair": choose(REAR_HAIR) or "none",
         "hair_colour": chance.choice(list(HAIR_COLOURS)),
-        "eyes": one(EYES),
+        "eyes": choose(EYES),
         "eye_colour": chance.choice(list(EYE_COLOURS)),
-        "eyebrows": one(EYEBROWS),
-        "mouth": one(MOUTH),
-        "glasses": one(GLASSES),
+        "eyebrows": choose(EYEBROWS),
+        "mouth": choose(MOUTH),
+        "glasses": choose(GLASSES),
         "skin_colour": chance.choice(list(SKIN_COLOURS)),
         "background_colour": chance.choice(list(BACKGROUNDS)),
     }
@@ -80,7 +82,7 @@ def draw_attributes(chance: random.Random) -> dict[str, str]:
 
 
 def draw(style: Style, face: dict[str, str]) -> Image.Image:
-    """The face as RGB, 64 x 64."""
+    """Draw a face as RGB, 64 x 64."""
     options = {
         "hairVariant": [face["hair"]],
         "rearHairProbability": 0 if face["rear_hair"] == "none" else 100,
@@ -98,15 +100,15 @@ def draw(style: Style, face: dict[str, str]) -> Image.Image:
     if face["eye_colour"] != "none":
         iris = EYE_COLOURS[face["eye_colour"]]
         svg = re.sub(r'(<circle [^>]*fill=")#4B2422"', rf'\g<1>{iris}"', svg)
-    for part, (place, (width, height), (across, down)) in PLACES.items():
-        left, top = map(float, re.findall(r"[\d.]+", place))
+    for part, (transform, (width, height), (across, down)) in ENLARGED.items():
+        left, top = map(float, re.findall(r"[\d.]+", transform))
         larger = (
             f"translate({left + width / 2} {top + height / 2}) scale({across} {down}) "
             f"translate({-width / 2} {-height / 2})"
         )
-        found = f'transform="{place}" href="#{part}-'
-        assert svg.count(found) == 1, f"the art has changed: {part} is not at {place}"
-        svg = svg.replace(found, found.replace(place, larger))
+        use = f'transform="{transform}" href="#{part}-'
+        assert svg.count(use) == 1, f"the art has changed: {part} is not at {transform}"
+        svg = svg.replace(use, use.replace(transform, larger))
     if face["glasses"] == "yes":
         svg = svg.replace("</svg>", GLASSES_ART + "</svg>")
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=DRAWN, height=DRAWN))

@@ -1,6 +1,12 @@
 """Small faces, and no trace on the machine: whatever is cached lies in a temporary folder."""
 
+import fcntl
 import os
+
+# LLVM's passes would take a third of the time of all tests, and are not what is tested. Processes
+# that the tests start inherit the flag; those that must run as people run them drop it.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,9 +58,31 @@ def draw() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def faces(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., np.ndarray]) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """shared(name, make) -> a folder that `make(folder)` fills once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    (root / "shared").mkdir(exist_ok=True)
+
+    def build(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / "shared" / name
+        with (root / "shared" / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def faces(shared: Callable[..., Path], draw: Callable[..., np.ndarray]) -> Path:
     """A folder of 60 PNGs of 16 x 16 pixels."""
-    folder = tmp_path_factory.mktemp("faces")
-    for i, image in enumerate(draw(60, 16)):
-        Image.fromarray(image).save(folder / f"{i:03}.png")
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for i, image in enumerate(draw(60, 16)):
+            Image.fromarray(image).save(folder / f"{i:03}.png")
+
+    return shared("faces", make)

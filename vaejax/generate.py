@@ -1,49 +1,65 @@
-"""New faces from a decoder, and what becomes of a face that goes through the model."""
+"""Faces from a decoder, and faces that go through the model: uint8 in, uint8 out, compiled."""
 
-from collections.abc import Iterable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from vaejax.distributions import Normal
+from vaejax.data.batches import Images
+from vaejax.losses import to_float, to_uint8
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.objectives import to_float, to_uint8
+from vaejax.priors import flatten_latents
 
-
-def latents(seeds: Iterable[int], *, latent_dim: int) -> Float[Array, "n d"]:
-    """A standard-normal z for each seed: the same in every run, and whoever stands beside it."""
-    root = jax.random.key(2**32 - 1)  # no run's --seed: its noise and these are independent
-    keys = [jax.random.fold_in(root, seed) for seed in seeds]
-    return jnp.stack([jax.random.normal(key, (latent_dim,)) for key in keys])
+BATCH = 100  # images at a time
 
 
 @partial(jax.jit, static_argnames="model")
 def decode(
-    params: PyTree, statistics: PyTree, code: Float[Array, "n ..."], *, model: Autoencoder
+    params: PyTree, batch_stats: PyTree, z: PyTree, *, model: Autoencoder
 ) -> UInt8[Array, "n h w c"]:
-    """The faces of codes: the mode of p(x|z), as images."""
-    mean, _ = autoencoder.decode(model, params, statistics, code)
-    return to_uint8(mean)
+    """Decode latents to images: the mode of p(x|z)."""
+    return to_uint8(autoencoder.decode(model, params, batch_stats, z))
 
 
 @partial(jax.jit, static_argnames="model")
 def reconstruct(
-    params: PyTree, statistics: PyTree, images: UInt8[Array, "n h w c"], *, model: Autoencoder
+    params: PyTree, batch_stats: PyTree, images: UInt8[Array, "n h w c"], *, model: Autoencoder
 ) -> UInt8[Array, "n h w c"]:
-    """What the decoder makes of the images' codes, or of the modes of their posteriors."""
-    code, _ = autoencoder.encode(model, params, statistics, to_float(images))
-    mean, _ = autoencoder.decode(
-        model, params, statistics, code.mode if isinstance(code, Normal) else code
-    )
-    return to_uint8(mean)
+    """Decode the most probable z of each image."""
+    posterior = autoencoder.encode(model, params, batch_stats, to_float(images))
+    return to_uint8(autoencoder.decode(model, params, batch_stats, autoencoder.mode(posterior)))
 
 
 @partial(jax.jit, static_argnames="model")
 def corrupt(
     images: UInt8[Array, "n h w c"], key: Key[Array, ""], *, model: Autoencoder
 ) -> UInt8[Array, "n h w c"]:
-    """The images as a denoising model is shown them; image i has its noise by key and i."""
+    """Return the images as a denoising model is shown them; image i has its noise by key and i."""
     return to_uint8(model.corrupt(to_float(images), jax.random.split(key, len(images))))
+
+
+def posterior_means(
+    params: PyTree, batch_stats: PyTree, images: Images, *, model: Autoencoder, most: int
+) -> Float[np.ndarray, "n d"]:
+    """Return the posterior means, or codes, of the first `most` images, as vectors.
+
+    Prepared sets are in the order of hashes, so that the first images are a random sample.
+    """
+    count = min(most, len(images))
+    parts = []
+    for first in range(0, count, BATCH):
+        # the last batch is filled up with its last image, so that one shape is compiled
+        indices = np.minimum(np.arange(first, first + BATCH), count - 1)
+        z = _means(params, batch_stats, images.read(indices), model=model)
+        parts.append(np.asarray(z)[: count - first])
+    return np.concatenate(parts)
+
+
+@partial(jax.jit, static_argnames="model")
+def _means(
+    params: PyTree, batch_stats: PyTree, images: UInt8[Array, "n h w c"], *, model: Autoencoder
+) -> Float[Array, "n d"]:
+    posterior = autoencoder.encode(model, params, batch_stats, to_float(images))
+    return flatten_latents(autoencoder.mode(posterior))

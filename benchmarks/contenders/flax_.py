@@ -1,4 +1,4 @@
-"""Flax Linen and optax, as their own examples are written."""
+"""Flax Linen and optax, written as their own examples are."""
 
 from functools import partial
 
@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 
-from benchmarks.contenders import B1, KL_WEIGHT, RATE, Contender, Task
+from benchmarks.contenders import B1, KL_WEIGHT, LEARNING_RATE, Contender, Task
 
 
 class Block(nn.Module):
-    """A layer, its activation, and the report's norm, which never left its first statistics."""
+    """A layer, its activation, and the report's norm, whose batch_stats stay as initialized."""
 
     layer: nn.Module
     activation: object
@@ -24,6 +25,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The encoder of the report's VAE: x to the mean and log-variance of z."""
+
     task: Task
 
     @nn.compact
@@ -41,6 +44,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The decoder of the report's VAE."""
+
     task: Task
 
     @nn.compact
@@ -48,7 +53,7 @@ class Decoder(nn.Module):
         mixed = {"dtype": jnp.dtype(self.task.precision), "parent": None}  # Block adopts it
         norm = partial(nn.BatchNorm, use_running_average=True, epsilon=1e-3, **mixed)
         transposed = partial(nn.ConvTranspose, transpose_kernel=True, **mixed)
-        side, channels = self.task.seed_image
+        side, channels = self.task.decoder_input
         x = Block(nn.Dense(1024, **mixed), nn.selu, norm(), name="dense")(z)
         x = Block(nn.Dense(side**2 * channels, **mixed), nn.selu, name="reshape")(x)
         x = x.reshape(-1, side, side, channels)
@@ -62,34 +67,30 @@ class Decoder(nn.Module):
         return x.astype(jnp.float32)
 
 
+def initial_batch_stats(model: nn.Module, x: jax.Array) -> dict:
+    """Return a moving mean of 0 and a moving variance of 1 for every batch norm of a model."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["batch_stats"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var")), shapes
+    )
+
+
 def contender(task: Task) -> Contender:
+    """Return the update of a training loop as in Flax' examples."""
     arrays, images, noise = task.load()
     encoder, decoder = Encoder(task), Decoder(task)
-    params: dict = {}
-    for path, array in arrays.items():
-        *parents, leaf = path.split("/")
-        branch = params
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = jnp.asarray(array)
-    shapes = {
-        "encoder": jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros(images.shape)),
-        "decoder": jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros(noise.shape[1:])),
+    params = unflatten_dict({path: jnp.asarray(a) for path, a in arrays.items()}, sep="/")
+    batch_stats = {
+        "encoder": initial_batch_stats(encoder, jnp.zeros(images.shape)),
+        "decoder": initial_batch_stats(decoder, jnp.zeros(noise.shape[1:])),
     }
-    statistics = {
-        branch: jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var")),
-            variables["batch_stats"],
-        )
-        for branch, variables in shapes.items()
-    }
-    adam = optax.adam(RATE, b1=B1)
+    adam = optax.adam(LEARNING_RATE, b1=B1)
     state = (params, adam.init(params))
 
     def loss(params, images, noise):
         x = images.astype(jnp.float32) / 255
         variables = {
-            branch: {"params": params[branch], "batch_stats": statistics[branch]}
+            branch: {"params": params[branch], "batch_stats": batch_stats[branch]}
             for branch in params
         }
         mean, log_variance = encoder.apply(variables["encoder"], x)
@@ -100,26 +101,26 @@ def contender(task: Task) -> Contender:
     def update(state, images, noise):
         params, moments = state
         value, gradients = jax.value_and_grad(loss)(params, images, noise)
-        updates, moments = adam.update(gradients, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
+        changes, moments = adam.update(gradients, moments, params)
+        return (optax.apply_updates(params, changes), moments), value
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, images, key):
         return update(state, images, jax.random.normal(key, noise.shape[1:]))
 
-    on_given_noise = jax.jit(update, donate_argnums=0)
+    step_with_noise = jax.jit(update, donate_argnums=0)
     done = 0
 
     def losses() -> list[float]:
         nonlocal state
-        found = []
-        for given in noise:
-            state, value = on_given_noise(state, images, given)
-            found.append(float(value))
-        on_given_noise.clear_cache()
-        return found
+        values = []
+        for update_noise in noise:
+            state, value = step_with_noise(state, images, update_noise)
+            values.append(float(value))
+        step_with_noise.clear_cache()
+        return values
 
-    def steps(count: int) -> None:
+    def updates(count: int) -> None:
         nonlocal state, done
         for _ in range(count):
             state, _ = step(state, images, jax.random.fold_in(jax.random.key(1), done))
@@ -127,10 +128,11 @@ def contender(task: Task) -> Contender:
         jax.block_until_ready(state)
 
     version = f"flax {flax.__version__}, jax {jax.__version__}"
-    return Contender(version, losses, steps, partial(matrix_products, task), device_memory)
+    return Contender(version, losses, updates, partial(matrix_products, task), device_memory)
 
 
 def matrix_products(task: Task, count: int) -> None:
+    """Multiply matrices of 4096 by 4096, in the task's precision."""
     a = (jax.random.normal(jax.random.key(0), (4096, 4096)) / 64).astype(task.precision)
     product, x = jax.jit(jnp.matmul), a
     for _ in range(count):
@@ -139,4 +141,5 @@ def matrix_products(task: Task, count: int) -> None:
 
 
 def device_memory() -> int | None:
+    """Return the largest memory in use on the device, bytes; None on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

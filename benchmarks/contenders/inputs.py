@@ -1,4 +1,4 @@
-"""The contenders of `benchmarks/input.py`: from image files to pixels, from pixels to batches."""
+"""The contenders of `benchmarks/input.py`: those that prepare images, and those that read them."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,41 +10,46 @@ import numpy as np
 
 
 class Task(NamedTuple):
+    """What all contenders read: the same images as files, as a prepared set and as raw pixels."""
+
     source: str  # a folder of images
-    files: list[str]  # those that vaejax accepts
+    files: list[str]  # that vaejax accepts
     prepared: str
     pixels: str  # the training images of the prepared set, raw, in a file
-    images: int  # of them
+    images: int  # the number of training images
     size: int
     batch: int
     seconds: float
     threads: int
 
 
-# Preparing: a contender makes a function that goes through the files and says how many they were
+# Preparing: a contender returns a function that decodes all files and returns their number
 
 
 def vaejax_prepares(task: Task) -> Callable[[], int]:
+    """Write a prepared set by vaejax."""
     from vaejax.data import prepare, records
+    from vaejax.data.gather import Threads
 
-    image = np.zeros((task.size, task.size, 3), np.uint8)  # TFDS imports itself when it is used
+    image = np.zeros((task.size, task.size, 3), np.uint8)  # imports TFDS before the measurement
     records.features(task.size).serialize_example(
         records.Record(image=image, person="", path="", sha256="")
     )
 
     def run() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            out, threads = Path(folder) / "set", task.threads
+            out = Path(folder) / "set"
             prepare.prepare(
-                Path(task.source), size=task.size, out=out, threads=threads, allow_refused=True,
-                say=lambda _: None,
+                Path(task.source), size=task.size, out=out, workers=Threads(task.threads),
+                allow_refused=True, say=lambda _: None,
             )  # fmt: skip
-            return records.read_report(out)["accepted"]
+            return records.read_dataset_report(out)["accepted"]
 
     return run
 
 
 def tf_prepares(task: Task) -> Callable[[], int]:
+    """Decode and resize by TensorFlow's own functions."""
     tf = tensorflow(task)
 
     def decode(path):
@@ -58,6 +63,7 @@ def tf_prepares(task: Task) -> Callable[[], int]:
 
 
 def torch_prepares(task: Task) -> Callable[[], int]:
+    """Decode and resize by Pillow, in the worker processes of a DataLoader."""
     torch = pytorch(task)
     from PIL import Image
 
@@ -79,6 +85,7 @@ def torch_prepares(task: Task) -> Callable[[], int]:
 
 
 def vaejax_reads(task: Task) -> Iterator[np.ndarray]:
+    """Stream from the prepared set."""
     from vaejax.data.batches import Images, stream
 
     images = Images(Path(task.prepared), "train")
@@ -86,6 +93,7 @@ def vaejax_reads(task: Task) -> Iterator[np.ndarray]:
 
 
 def tf_reads(task: Task) -> Iterator[np.ndarray]:
+    """Read the file of raw pixels through a shuffle buffer."""
     tf = tensorflow(task)
     shape = (task.batch, task.size, task.size, 3)
     images = tf.data.FixedLengthRecordDataset(task.pixels, int(np.prod(shape[1:])))
@@ -97,7 +105,8 @@ def tf_reads(task: Task) -> Iterator[np.ndarray]:
     return iter(decoded.prefetch(2).as_numpy_iterator())
 
 
-def torch_reads(task: Task, *, workers: bool, whole_batches: bool = False) -> Iterator[np.ndarray]:
+def torch_reads(task: Task, *, workers: bool, by_batch: bool = False) -> Iterator[np.ndarray]:
+    """Read a memory map of the raw pixels by a DataLoader, image by image or batch by batch."""
     torch = pytorch(task)
     shape = (task.images, task.size, task.size, 3)
 
@@ -116,13 +125,13 @@ def torch_reads(task: Task, *, workers: bool, whole_batches: bool = False) -> It
             return self.pixels[indices]
 
     batches = torch.utils.data.DataLoader(
-        Batches() if whole_batches else Images(),
+        Batches() if by_batch else Images(),
         batch_size=task.batch,
         shuffle=True,
         drop_last=True,
         num_workers=task.threads if workers else 0,
         persistent_workers=workers,
-        collate_fn=torch.from_numpy if whole_batches else None,
+        collate_fn=torch.from_numpy if by_batch else None,
     )
     while True:
         for batch in batches:
@@ -130,6 +139,7 @@ def torch_reads(task: Task, *, workers: bool, whole_batches: bool = False) -> It
 
 
 def tensorflow(task: Task) -> Any:
+    """Import TensorFlow, limited to the threads of the task."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(task.threads)
@@ -138,6 +148,7 @@ def tensorflow(task: Task) -> Any:
 
 
 def pytorch(task: Task) -> Any:
+    """Import PyTorch, limited to the threads of the task."""
     import torch
     import torch.utils.data
 
@@ -155,5 +166,5 @@ READING: dict[str, Callable[[Task], Iterator[np.ndarray]]] = {
     "tf.data": tf_reads,
     "PyTorch": partial(torch_reads, workers=False),
     "PyTorch, workers": partial(torch_reads, workers=True),
-    "PyTorch, whole batches": partial(torch_reads, workers=False, whole_batches=True),
+    "PyTorch, by batch": partial(torch_reads, workers=False, by_batch=True),
 }

@@ -9,43 +9,47 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from benchmarks.contenders import B1, KL_WEIGHT, RATE, Contender, Task
+from benchmarks.contenders import B1, KL_WEIGHT, LATENT_DIM, LEARNING_RATE, Contender, Task
 
 
-def after(x, name: str, activation: str, norm: bool = True):
+def activate(x, name: str, activation: str, norm: bool = True):
+    """Apply an activation, and the report's norm behind it."""
     x = layers.LeakyReLU(0.02)(x) if activation == "leaky" else layers.Activation(activation)(x)
     return layers.BatchNormalization(epsilon=1e-3, name=f"{name}-norm")(x) if norm else x
 
 
 def build(task: Task) -> tuple[keras.Model, keras.Model]:
+    """Build the encoder and the decoder; the layers have the names of vaejax's parameters."""
+
     def convolution(kind, name, features, stride):
         return kind(features, 5, stride, padding="same", name=f"{name}-layer")
 
-    x = shown = keras.Input((task.size, task.size, 3))
+    x = inputs = keras.Input((task.size, task.size, 3))
     for name, features, stride in task.encoder:
-        x = after(convolution(layers.Conv2D, name, features, stride)(x), name, "leaky")
+        x = activate(convolution(layers.Conv2D, name, features, stride)(x), name, "leaky")
     x = layers.Flatten()(x)
-    x = after(layers.Dense(1024, name="dense-layer")(x), "dense", "selu")
+    x = activate(layers.Dense(1024, name="dense-layer")(x), "dense", "selu")
     means = [
-        layers.Dense(512, name=f"{name}-layer", dtype="float32")(x)
+        layers.Dense(LATENT_DIM, name=f"{name}-layer", dtype="float32")(x)
         for name in ("mean", "log_variance")
     ]
-    encoder = keras.Model(shown, means)
+    encoder = keras.Model(inputs, means)
 
-    side, channels = task.seed_image
-    x = z = keras.Input((512,))
-    x = after(layers.Dense(1024, name="dense-layer")(x), "dense", "selu")
+    side, channels = task.decoder_input
+    x = z = keras.Input((LATENT_DIM,))
+    x = activate(layers.Dense(1024, name="dense-layer")(x), "dense", "selu")
     x = layers.Dense(side**2 * channels, name="reshape-layer")(x)
-    x = layers.Reshape((side, side, channels))(after(x, "reshape", "selu", norm=False))
+    x = layers.Reshape((side, side, channels))(activate(x, "reshape", "selu", norm=False))
     for name, features, stride, normed in task.decoder:
         x = convolution(layers.Conv2DTranspose, name, features, stride)(x)
-        x = after(x, name, "leaky", normed)
+        x = activate(x, name, "leaky", normed)
     x = convolution(layers.Conv2DTranspose, "output", 3, task.last_stride)(x)
-    x = after(x, "output", "sigmoid")
+    x = activate(x, "output", "sigmoid")
     return encoder, keras.Model(z, x)
 
 
 def contender(task: Task) -> Contender:
+    """Return the update in one `tf.function`."""
     tf.config.threading.set_intra_op_parallelism_threads(task.threads)
     tf.config.threading.set_inter_op_parallelism_threads(task.threads)
     gpus = tf.config.list_physical_devices("GPU")
@@ -61,9 +65,9 @@ def contender(task: Task) -> Contender:
             owner, leaf = variable.path.split("/")[-2:]
             name = "/".join([branch, *owner.split("-"), leaves.get(leaf, leaf)])
             variable.assign(arrays.pop(name))
-    assert not arrays, f"without a place: {list(arrays)}"
+    assert not arrays, f"parameters that no layer has: {list(arrays)}"
     variables = encoder.trainable_variables + decoder.trainable_variables
-    adam = keras.optimizers.Adam(RATE, beta_1=B1, epsilon=1e-8)
+    adam = keras.optimizers.Adam(LEARNING_RATE, beta_1=B1, epsilon=1e-8)
     adam.build(variables)
     pixels = tf.constant(images)
 
@@ -80,9 +84,9 @@ def contender(task: Task) -> Contender:
         return loss
 
     def losses() -> list[float]:
-        return [float(update(tf.constant(given))) for given in noise]
+        return [float(update(tf.constant(update_noise))) for update_noise in noise]
 
-    def steps(count: int) -> None:
+    def updates(count: int) -> None:
         value = None
         for _ in range(count):
             value = update(tf.random.normal(noise.shape[1:]))
@@ -98,4 +102,4 @@ def contender(task: Task) -> Contender:
         return tf.config.experimental.get_memory_info("GPU:0")["peak"] if gpus else None
 
     version = f"keras {keras.__version__}, tensorflow {tf.__version__}"
-    return Contender(version, losses, steps, matrix_products, device_memory)
+    return Contender(version, losses, updates, matrix_products, device_memory)

@@ -1,8 +1,9 @@
 """PyTorch: eager, with channels last, and compiled (with channels last).
 
-PyTorch pads both sides alike where Keras pads the odd pixel behind; a layer that pads two in front
-is Keras' one on mirrored images with mirrored kernels, and needs no copy that pads. So the images
-and kernels are mirrored once, while they are loaded.
+With a stride of 2 Keras pads one pixel in front and two behind, which PyTorch's layers cannot. On
+mirrored images with mirrored kernels it is two in front and one behind: that is PyTorch's padding
+of 2 on both sides, whose last pixel the stride never reaches. So images and kernels are mirrored
+once, while they are loaded, and no layer has to copy its input in order to pad it.
 """
 
 import numpy as np
@@ -10,19 +11,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.contenders import B1, KL_WEIGHT, RATE, Contender, Task
+from benchmarks.contenders import B1, KL_WEIGHT, LATENT_DIM, LEARNING_RATE, Contender, Task
 
 
-def named(layer: nn.Module, activation: nn.Module, norm: nn.Module | None = None) -> nn.Module:
-    found = nn.Sequential()
-    found.add_module("layer", layer)
-    found.add_module("activation", activation)
+def block(layer: nn.Module, activation: nn.Module, norm: nn.Module | None = None) -> nn.Module:
+    """Return a layer, its activation and its norm under the names of vaejax's parameters."""
+    modules = nn.Sequential()
+    modules.add_module("layer", layer)
+    modules.add_module("activation", activation)
     if norm is not None:
-        found.add_module("norm", norm)
-    return found
+        modules.add_module("norm", norm)
+    return modules
 
 
 class VAE(nn.Module):
+    """The report's VAE, on mirrored images."""
+
     def __init__(self, task: Task):
         super().__init__()
         self.task = task
@@ -30,25 +34,25 @@ class VAE(nn.Module):
         channels, side = 3, task.size
         for name, out, stride in task.encoder:
             layer = nn.Conv2d(channels, out, 5, stride, padding=2)
-            self.encoder[name] = named(layer, nn.LeakyReLU(0.02), nn.BatchNorm2d(out, 1e-3))
+            self.encoder[name] = block(layer, nn.LeakyReLU(0.02), nn.BatchNorm2d(out, 1e-3))
             channels, side = out, side // stride
         layer = nn.Linear(side**2 * channels, 1024)
-        self.encoder["dense"] = named(layer, nn.SELU(), nn.BatchNorm1d(1024, 1e-3))
-        self.encoder["mean"] = named(nn.Linear(1024, 512), nn.Identity())
-        self.encoder["log_variance"] = named(nn.Linear(1024, 512), nn.Identity())
-        side, channels = task.seed_image
-        layer = nn.Linear(512, 1024)
-        self.decoder["dense"] = named(layer, nn.SELU(), nn.BatchNorm1d(1024, 1e-3))
-        self.decoder["reshape"] = named(nn.Linear(1024, side**2 * channels), nn.SELU())
+        self.encoder["dense"] = block(layer, nn.SELU(), nn.BatchNorm1d(1024, 1e-3))
+        self.encoder["mean"] = block(nn.Linear(1024, LATENT_DIM), nn.Identity())
+        self.encoder["log_variance"] = block(nn.Linear(1024, LATENT_DIM), nn.Identity())
+        side, channels = task.decoder_input
+        layer = nn.Linear(LATENT_DIM, 1024)
+        self.decoder["dense"] = block(layer, nn.SELU(), nn.BatchNorm1d(1024, 1e-3))
+        self.decoder["reshape"] = block(nn.Linear(1024, side**2 * channels), nn.SELU())
         for name, out, stride, normed in task.decoder:
             layer = nn.ConvTranspose2d(channels, out, 5, stride, padding=2, output_padding=1)
             norm = nn.BatchNorm2d(out, 1e-3) if normed else None
-            self.decoder[name] = named(layer, nn.LeakyReLU(0.02), norm)
+            self.decoder[name] = block(layer, nn.LeakyReLU(0.02), norm)
             channels = out
         stride = task.last_stride
         padding, more = (2, 0) if stride == 1 else (1, 1)
         layer = nn.ConvTranspose2d(channels, 3, 5, stride, padding, more)
-        self.decoder["output"] = named(layer, nn.Sigmoid(), nn.BatchNorm2d(3, 1e-3))
+        self.decoder["output"] = block(layer, nn.Sigmoid(), nn.BatchNorm2d(3, 1e-3))
 
     def forward(self, x, noise):
         for name, _, _ in self.task.encoder:
@@ -56,7 +60,7 @@ class VAE(nn.Module):
         x = self.encoder["dense"](x.flatten(1))
         mean = self.encoder["mean"](x).float()
         log_variance = self.encoder["log_variance"](x).float()
-        side, channels = self.task.seed_image
+        side, channels = self.task.decoder_input
         x = self.decoder["dense"](mean + torch.exp(log_variance / 2) * noise)
         x = self.decoder["reshape"](x).view(-1, channels, side, side)
         for name, *_ in [*self.task.decoder, ("output",)]:
@@ -64,8 +68,8 @@ class VAE(nn.Module):
         return x.float(), mean, log_variance
 
 
-def in_torch(path: str, array: np.ndarray, task: Task) -> torch.Tensor:
-    """A parameter in PyTorch's layout, mirrored."""
+def to_torch(path: str, array: np.ndarray, task: Task) -> torch.Tensor:
+    """Convert a parameter to PyTorch's layout, mirrored."""
     if array.ndim == 4:  # [h w in out], and [h w out in] of a transposed one: both as PyTorch's
         array = array[::-1, ::-1].transpose(3, 2, 0, 1)
     elif path == "encoder/dense/layer/kernel":  # from [h w c] to mirrored [c h w]
@@ -73,7 +77,7 @@ def in_torch(path: str, array: np.ndarray, task: Task) -> torch.Tensor:
         array = array.reshape(side, side, -1, out)[::-1, ::-1].transpose(3, 2, 0, 1)
         array = array.reshape(out, -1)
     elif path.startswith("decoder/reshape/layer"):
-        (side, channels), inputs = task.seed_image, array.shape[:-1]
+        (side, channels), inputs = task.decoder_input, array.shape[:-1]
         array = array.reshape(-1, side, side, channels)[:, ::-1, ::-1].transpose(3, 1, 2, 0)
         array = array.reshape(-1, *inputs)
     elif array.ndim == 2:
@@ -82,26 +86,27 @@ def in_torch(path: str, array: np.ndarray, task: Task) -> torch.Tensor:
 
 
 def contender(task: Task, *, channels_last: bool = False, compiled: bool = False) -> Contender:
+    """Return the update of a usual training loop, by torch.compile if `compiled`."""
     torch.set_num_threads(task.threads)
     torch.manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":  # what JAX does in float32 as well
+    if device == "cuda":  # as JAX does in float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     arrays, images, noise = task.load()
-    model = VAE(task).to(device).eval()  # the report's norm never left its first statistics
-    ours = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    model = VAE(task).to(device).eval()  # the report's norm keeps a mean of 0 and a variance of 1
+    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for path, array in arrays.items():
             *parents, leaf = path.split("/")
-            weights.pop(".".join([*parents, ours[leaf]])).copy_(in_torch(path, array, task))
-    assert not weights, f"without a value: {list(weights)}"
+            weights.pop(".".join([*parents, leaves[leaf]])).copy_(to_torch(path, array, task))
+    assert not weights, f"parameters without a value: {list(weights)}"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(memory_format=layout)
     mirrored = np.ascontiguousarray(images[:, ::-1, ::-1].transpose(0, 3, 1, 2))
     pixels = torch.from_numpy(mirrored).contiguous(memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), RATE, (B1, 0.999), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, (B1, 0.999), fused=True)
 
     def loss(pixels, noise):
         with torch.autocast(device, torch.bfloat16, enabled=task.precision == "bfloat16"):
@@ -120,10 +125,9 @@ def contender(task: Task, *, channels_last: bool = False, compiled: bool = False
         return value
 
     def losses() -> list[float]:
-        given = torch.from_numpy(noise).to(device)
-        return [update(one).item() for one in given]
+        return [update(update_noise).item() for update_noise in torch.from_numpy(noise).to(device)]
 
-    def steps(count: int) -> None:
+    def updates(count: int) -> None:
         for _ in range(count):
             update(torch.randn(noise.shape[1:], device=device))
         finish()
@@ -142,4 +146,4 @@ def contender(task: Task, *, channels_last: bool = False, compiled: bool = False
     def device_memory() -> int | None:
         return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
-    return Contender(f"torch {torch.__version__}", losses, steps, matrix_products, device_memory)
+    return Contender(f"torch {torch.__version__}", losses, updates, matrix_products, device_memory)

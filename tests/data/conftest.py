@@ -32,8 +32,8 @@ def _small(kind: str, **settings: Any) -> bytearray:
     return bytearray(file.getvalue())
 
 
-def _written(data: bytearray, place: int, layout: str, *values: int) -> bytes:
-    struct.pack_into(layout, data, place, *values)
+def _written(data: bytearray, offset: int, layout: str, *values: int) -> bytes:
+    struct.pack_into(layout, data, offset, *values)
     return bytes(data)
 
 
@@ -44,9 +44,9 @@ def _jpeg(side: int) -> bytes:
 
 def _webp(side: int) -> bytes:
     data = _small("WEBP", lossless=True)
-    place = data.index(b"VP8L") + 9  # two sizes of 14 bits each
-    flags = struct.unpack_from("<I", data, place)[0] >> 28 << 28
-    return _written(data, place, "<I", flags | (side - 1) << 14 | (side - 1))
+    offset = data.index(b"VP8L") + 9  # two sizes of 14 bits each
+    flags = struct.unpack_from("<I", data, offset)[0] >> 28 << 28
+    return _written(data, offset, "<I", flags | (side - 1) << 14 | (side - 1))
 
 
 def _gif(side: int) -> bytes:
@@ -68,10 +68,10 @@ def _tiff(side: int) -> bytes:
     data = _small("TIFF")
     (start,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, start)
-    for place in range(start + 2, start + 2 + 12 * count, 12):
-        (tag,) = struct.unpack_from("<H", data, place)
+    for offset in range(start + 2, start + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from("<H", data, offset)
         if tag in (256, 257, 278):  # width, height, rows in a strip
-            struct.pack_into("<HII", data, place + 2, 4, 1, side)
+            struct.pack_into("<HII", data, offset + 2, 4, 1, side)
     return bytes(data)
 
 

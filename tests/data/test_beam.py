@@ -21,18 +21,24 @@ from PIL import Image
 from skimage import data
 
 from vaejax.data.batches import Images, stream
-from vaejax.data.faces import Crop, Finder
+from vaejax.data.faces import Crop, Detector
+from vaejax.data.gather import workers_from_flags
 from vaejax.data.prepare import builder, prepare
-from vaejax.data.records import read_report
+from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
 
+pytestmark = pytest.mark.slow
 SPLITS = ("train", "validation", "test")
 IS_THERE = importlib.util.find_spec("apache_beam") is not None
 needs_beam = pytest.mark.skipif(not IS_THERE, reason="pip install -r requirements-beam.txt")
 
 
-def make(source: Path, out: Path, **settings: Any) -> Path:
-    return prepare(source, **{"size": 16, "out": out, "say": lambda _: None} | settings)
+def make(
+    source: Path, out: Path, *, beam: str | None = None, beam_options: str = "", **settings: Any
+) -> Path:
+    workers = workers_from_flags(beam=beam, beam_options=beam_options)
+    default = {"size": 16, "out": out, "workers": workers, "say": lambda _: None}
+    return prepare(source, **default | settings)
 
 
 def by_beam(source: Path, out: Path, **settings: Any) -> Path:
@@ -48,7 +54,7 @@ def assert_same_records(one: Path, other: Path) -> None:
 
 
 def assert_same_report(one: Path, other: Path, *but: str) -> None:
-    reports = [read_report(folder) for folder in (one, other)]
+    reports = [read_dataset_report(folder) for folder in (one, other)]
     for name in ("seconds", "sha256", *but):
         assert all(report.pop(name) for report in reports)
     assert reports[0] == reports[1]
@@ -59,9 +65,9 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def album(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
-    """60 faces of 12 persons, two copies across persons, odd names, bad files, a note."""
-    folder = tmp_path_factory.mktemp("album")
+def photos(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
+    """60 faces of 12 persons, two duplicates across persons, odd names, bad files, a note."""
+    folder = tmp_path_factory.mktemp("photos")
     for i, face in enumerate(sorted(faces.iterdir())):
         person = folder / f"person {i % 12}"
         person.mkdir(exist_ok=True)
@@ -76,18 +82,18 @@ def album(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_threads(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(album, tmp_path_factory.mktemp("threads") / "set")
+def by_threads(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(photos, tmp_path_factory.mktemp("threads") / "set")
 
 
 # The same
 
 
 @needs_beam
-def test_a_folder_becomes_the_same_set(album: Path, by_threads: Path, tmp_path: Path):
-    folder = by_beam(album, tmp_path / "set [1]*")
-    assert read_report(folder)["accepted"] == 63
-    assert len(read_report(folder)["refused"]) == 2
+def test_a_folder_becomes_the_same_set(photos: Path, by_threads: Path, tmp_path: Path):
+    folder = by_beam(photos, tmp_path / "set [1]*")
+    assert read_dataset_report(folder)["accepted"] == 63
+    assert len(read_dataset_report(folder)["refused"]) == 2
     assert_same_records(folder, by_threads)
     assert_same_report(folder, by_threads)
     assert names(folder) == names(by_threads)
@@ -97,14 +103,14 @@ def test_a_folder_becomes_the_same_set(album: Path, by_threads: Path, tmp_path: 
 
 
 @needs_beam
-def test_so_does_a_zip(album: Path, by_threads: Path, tmp_path: Path, capsys):
-    source = tmp_path / "album.zip"
+def test_a_zip_becomes_the_same_set(photos: Path, by_threads: Path, tmp_path: Path, capsys):
+    source = tmp_path / "photos.zip"
     with zipfile.ZipFile(source, "w") as archive:
-        for path in sorted(album.glob("*/*")):
-            archive.write(path, path.relative_to(album))
-        archive.writestr("../evil.png", (album / "person 1" / "1.png").read_bytes())
+        for path in sorted(photos.glob("*/*")):
+            archive.write(path, path.relative_to(photos))
+        archive.writestr("../evil.png", (photos / "person 1" / "1.png").read_bytes())
     folder = by_beam(source, tmp_path / "set")
-    assert [r["path"] for r in read_report(folder)["refused"]] == [
+    assert [r["path"] for r in read_dataset_report(folder)["refused"]] == [
         "../evil.png",
         "person 0/page.jpg",
     ]
@@ -114,14 +120,14 @@ def test_so_does_a_zip(album: Path, by_threads: Path, tmp_path: Path, capsys):
 
 
 @needs_beam
-def test_in_many_shards_it_is_the_same_stream(
-    album: Path, by_threads: Path, tmp_path: Path, monkeypatch
+def test_many_shards_give_the_same_stream(
+    photos: Path, by_threads: Path, tmp_path: Path, monkeypatch
 ):
     from vaejax.data import beam
 
-    monkeypatch.setattr(beam, "FILES", 7)
-    monkeypatch.setattr(beam, "SHARD_RECORDS", 4)  # of which the last holds fewer
-    folder = by_beam(album, tmp_path / "set")
+    monkeypatch.setattr(beam, "FILES_PER_PART", 7)
+    monkeypatch.setattr(beam, "MAX_SHARD_RECORDS", 4)  # of which the last holds fewer
+    folder = by_beam(photos, tmp_path / "set")
     assert len([name for name in names(folder) if "train" in name]) == 14
     assert_same_records(folder, by_threads)
     assert_same_report(folder, by_threads, "files", "metadata")
@@ -134,14 +140,14 @@ def test_in_many_shards_it_is_the_same_stream(
 
 @needs_beam
 def test_work_that_is_done_twice_changes_nothing(
-    album: Path, by_threads: Path, tmp_path: Path, monkeypatch
+    photos: Path, by_threads: Path, tmp_path: Path, monkeypatch
 ):
     from vaejax.data import beam
 
-    seen, examine = [], beam._examine
-    monkeypatch.setattr(beam, "_examine", lambda *a: (seen.append(a[0].path), examine(*a))[1])
+    seen, examine = [], beam.examine
+    monkeypatch.setattr(beam, "examine", lambda *a: (seen.append(a[0].path), examine(*a))[1])
     options = "--direct_runner_bundle_repeat=1"
-    folder = by_beam(album, tmp_path / "set", beam_options=options)
+    folder = by_beam(photos, tmp_path / "set", beam_options=options)
     assert len(seen) == 2 * 65
     assert_same_records(folder, by_threads)
     assert_same_report(folder, by_threads)
@@ -149,11 +155,11 @@ def test_work_that_is_done_twice_changes_nothing(
 
 
 @needs_beam
-def test_workers_in_a_process_of_their_own_do_the_same(
-    album: Path, by_threads: Path, tmp_path: Path
+def test_workers_in_their_own_process_prepare_the_same_set(
+    photos: Path, by_threads: Path, tmp_path: Path
 ):
     options = "--direct_running_mode=multi_processing --direct_num_workers=1"
-    folder = by_beam(album, tmp_path / "set", beam_options=options)
+    folder = by_beam(photos, tmp_path / "set", beam_options=options)
     assert_same_records(folder, by_threads)
     assert_same_report(folder, by_threads)
 
@@ -190,12 +196,12 @@ def test_faces_are_cut_out_the_same_and_so_is_their_sheet(
 ):
     from vaejax.data import beam
 
-    monkeypatch.setattr(beam, "FILES", 3)
+    monkeypatch.setattr(beam, "FILES_PER_PART", 3)
     folders = [
         make(portraits, tmp_path / name, size=32, crop=crop, allow_refused=True, beam=runner)
         for name, runner in {"beam": "DirectRunner", "threads": None}.items()
     ]
-    assert read_report(folders[0])["accepted"] == 6
+    assert read_dataset_report(folders[0])["accepted"] == 6
     assert_same_records(*folders)
     assert_same_report(*folders)
     sheets = [(folder / "faces_sheet.png").read_bytes() for folder in folders]
@@ -214,11 +220,11 @@ def test_the_faces_sheet_is_there_when_too_many_have_none(portraits: Path, tmp_p
     assert sheets[0] == sheets[1]
 
 
-def test_a_finder_on_another_machine_has_the_same_cascade(tmp_path: Path):
+def test_a_detector_on_another_machine_has_the_same_cascade(tmp_path: Path):
     shutil.copy(CASCADE, tmp_path / "cascade.xml")
-    finder = Finder(Crop(cascade=tmp_path / "cascade.xml", margin=0.1))
-    assert pickle.loads(pickle.dumps(finder)).identity == finder.identity
-    content = pickle.dumps(finder)
+    detector = Detector(Crop(cascade=tmp_path / "cascade.xml", margin=0.1))
+    assert pickle.loads(pickle.dumps(detector)).identity == detector.identity
+    content = pickle.dumps(detector)
     shutil.copy(CASCADE.with_name("haarcascade_frontalface_alt.xml"), tmp_path / "cascade.xml")
     with pytest.raises(UserError, match=r"cascade\.xml is another one on this machine"):
         pickle.loads(content)
@@ -263,17 +269,17 @@ def test_too_many_bad_files_are_the_same_error(faces: Path, tmp_path: Path):
         ("DataflowRunner", "", "wants more --beam-options: .*option: project"),
     ],
 )
-def test_a_runner_that_cannot_be_had_is_an_error_before_any_work(
+def test_an_unusable_runner_is_an_error_before_any_work(
     tmp_path: Path, runner: str, options: str, message: str
 ):
     with pytest.raises(UserError, match=message):
-        make(tmp_path / "not looked at", tmp_path / "set", beam=runner, beam_options=options)
+        make(tmp_path / "unread", tmp_path / "set", beam=runner, beam_options=options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_options_without_a_runner_are_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="name a runner, as in --beam DirectRunner"):
-        make(tmp_path / "not looked at", tmp_path / "set", beam_options="--job_name=faces")
+        make(tmp_path / "unread", tmp_path / "set", beam_options="--job_name=faces")
 
 
 @contextlib.contextmanager
@@ -302,7 +308,7 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(faces: Path, tmp_pat
 def test_a_worker_that_does_not_see_the_source_says_so(faces: Path, tmp_path: Path, monkeypatch):
     from vaejax.data import beam, sources
 
-    monkeypatch.setattr(beam, "reader", lambda _: sources.reader(tmp_path / "elsewhere"))
+    monkeypatch.setattr(beam, "open_reader", lambda _: sources.open_reader(tmp_path / "elsewhere"))
     message = failure(faces, tmp_path / "set", beam="DirectRunner")
     expected = f"--beam DirectRunner: {tmp_path / 'elsewhere'} does not exist; nothing was kept."
     assert message == expected
@@ -323,7 +329,7 @@ def test_without_beam_one_line_says_what_to_install(faces: Path, tmp_path: Path)
 
 
 @needs_beam
-def test_the_command_line_hands_the_runner_and_its_options_over(faces: Path, tmp_path: Path):
+def test_the_command_line_passes_the_runner_and_its_options(faces: Path, tmp_path: Path):
     command = ["prepare", str(faces), "--size", "16", "--out", str(tmp_path / "set")]
     command += ["--beam", "DirectRunner", "--beam-options=--direct_running_mode=nowhere"]
     ended = subprocess.run(

@@ -14,8 +14,8 @@ import pytest
 
 from vaejax.data import records
 from vaejax.data.batches import Images, stream
-from vaejax.data.prepare import builder, look, prepare
-from vaejax.data.records import is_prepared, read_report
+from vaejax.data.prepare import builder, find_prepared, prepare
+from vaejax.data.records import is_prepared, read_dataset_report
 from vaejax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -51,7 +51,7 @@ def test_a_damaged_set_is_an_error(faces: Path, copy: Path, damage: str):
     for use in (
         lambda: builder(copy),
         lambda: make(copy),
-        lambda: look(copy, size=16),
+        lambda: find_prepared(copy, size=16),
         lambda: make(faces, out=copy),
     ):
         with pytest.raises(UserError, match=rf"damaged: records/.*train.* {state}. Delete"):
@@ -59,8 +59,8 @@ def test_a_damaged_set_is_an_error(faces: Path, copy: Path, damage: str):
 
 
 @pytest.mark.parametrize("report", ["", "{", "[]", '{"format": "another"}'])
-def test_a_set_without_its_report_is_none(copy: Path, report: str):
-    (copy / "report.json").write_text(report)
+def test_a_folder_without_a_report_is_no_prepared_set(copy: Path, report: str):
+    (copy / "dataset_report.json").write_text(report)
     assert not is_prepared(copy)
     with pytest.raises(UserError, match="is not a prepared data set"):
         builder(copy)
@@ -78,22 +78,24 @@ def test_metadata_that_were_changed_are_damage(copy: Path, name: str):
         builder(copy)
 
 
-def test_a_report_that_was_changed_is_damage_and_one_laid_out_anew_is_not(copy: Path):
-    report = json.loads((copy / "report.json").read_text())
-    (copy / "report.json").write_text(json.dumps(dict(reversed(report.items()))))
-    assert read_report(copy) == report
+def test_a_changed_report_is_damage_and_a_reordered_one_is_not(copy: Path):
+    report = json.loads((copy / "dataset_report.json").read_text())
+    (copy / "dataset_report.json").write_text(json.dumps(dict(reversed(report.items()))))
+    assert read_dataset_report(copy) == report
     for change in ({"accepted": 56}, {"sha256": None}, {"more": 1}):
-        (copy / "report.json").write_text(json.dumps({**report, **change}))
-        with pytest.raises(UserError, match=r"is damaged: report\.json is not as it was written"):
-            read_report(copy)
+        (copy / "dataset_report.json").write_text(json.dumps({**report, **change}))
+        with pytest.raises(
+            UserError, match=r"is damaged: dataset_report\.json is not as it was written"
+        ):
+            read_dataset_report(copy)
 
 
-def test_what_a_later_version_would_leave_out_of_a_report_is_missed(copy: Path):
-    report = read_report(copy)
+def test_a_report_without_a_required_field_is_damage(copy: Path):
+    report = read_dataset_report(copy)
     del report["files"]
-    sealed = {**report, "sha256": records._seal(report)}
-    (copy / "report.json").write_text(json.dumps(sealed))
-    with pytest.raises(UserError, match=r'is damaged: report\.json has no "files"'):
+    sealed = {**report, "sha256": records._hash_report(report)}
+    (copy / "dataset_report.json").write_text(json.dumps(sealed))
+    with pytest.raises(UserError, match=r'is damaged: dataset_report\.json has no "files"'):
         builder(copy)
 
 
@@ -104,9 +106,9 @@ def test_no_class_is_imported_because_metadata_name_it(copy: Path, tmp_path: Pat
     named = json.loads(features.read_text())
     named["featuresDict"]["features"]["path"][key] = "sneaked_in.Text"
     features.write_text(json.dumps(named))
-    report = read_report(copy)
-    (copy / "report.json").unlink()
-    (copy / "report.json").write_text(json.dumps(records.complete(report, copy)))
+    report = read_dataset_report(copy)
+    (copy / "dataset_report.json").unlink()
+    (copy / "dataset_report.json").write_text(json.dumps(records.seal(report, copy)))
     sys.path.insert(0, str(tmp_path))
     try:
         with pytest.raises(UserError, match="its metadata cannot be read"):
@@ -119,14 +121,14 @@ def test_lists_in_lists_too_deep_to_be_read_are_an_error(copy: Path):
     for levels in [*range(500, 1001), 100_000]:  # the last that can be read cannot be hashed
         nested = "[" * levels + "]" * levels
         text = f'{{"format": "{records.FORMAT}", "more": {nested}}}'
-        (copy / "report.json").write_text(text)
+        (copy / "dataset_report.json").write_text(text)
         with pytest.raises(UserError, match=r"is not as it was written|is not a prepared data set"):
-            read_report(copy)
+            read_dataset_report(copy)
 
 
-def test_a_pipe_in_place_of_the_report_is_not_waited_for(copy: Path):
-    (copy / "report.json").unlink()
-    os.mkfifo(copy / "report.json")
+def test_a_pipe_instead_of_the_report_does_not_block(copy: Path):
+    (copy / "dataset_report.json").unlink()
+    os.mkfifo(copy / "dataset_report.json")
     assert not is_prepared(copy)
 
 
@@ -140,9 +142,9 @@ def train_file(folder: Path) -> Path:
 UNREADABLE = r"is damaged: records/faces-train\.array_record-00000-of-00001 cannot be read\. Delete"
 
 
-def flipped(path: Path, place: int) -> None:
+def flipped(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 4
+    data[offset] ^= 4
     path.write_bytes(data)
 
 
@@ -157,7 +159,7 @@ def test_one_wrong_bit_in_an_image_is_an_error_and_the_other_images_are_read(
     expected = Images(prepared, "train").read(np.arange(20))
     flipped(train_file(copy), pixels_in(train_file(copy), expected[7]) + 99)
     images = Images(copy, "train")
-    for read in (lambda: images.read(np.array([3, 7])), lambda: images.texts(7)):
+    for read in (lambda: images.read(np.array([3, 7])), lambda: images.metadata(7)):
         with pytest.raises(UserError, match=UNREADABLE):
             read()
     others = np.delete(np.arange(20), 7)
@@ -187,20 +189,20 @@ def test_records_that_vanish_after_the_set_was_opened_are_an_error(
 
 def test_no_wrong_bit_of_a_record_file_changes_an_image(prepared: Path, copy: Path):
     """Each of many bits, of those that say something: the rest of such a file is zeros."""
-    path, chance, found = train_file(copy), random.Random(0), set()
-    whole = path.read_bytes()
-    places = [place for place, byte in enumerate(whole) if byte]
+    path, chance, outcomes = train_file(copy), random.Random(0), set()
+    original = path.read_bytes()
+    offsets = [offset for offset, byte in enumerate(original) if byte]
     everything = np.arange(len(Images(prepared, "train")))
     expected = Images(prepared, "train").read(everything)
-    for place in chance.sample(places, 60):
-        flipped(path, place)
+    for offset in chance.sample(offsets, 60):
+        flipped(path, offset)
         try:
             assert np.array_equal(Images(copy, "train").read(everything), expected)
-            found.add("the same")
+            outcomes.add("the same")
         except UserError:
-            found.add("an error")
-        path.write_bytes(whole)
-    assert "an error" in found
+            outcomes.add("an error")
+        path.write_bytes(original)
+    assert "an error" in outcomes
 
 
 # Whatever happens
@@ -232,16 +234,16 @@ def deep(levels: int) -> Any:
 
 def some_value(data: bytes, chance: random.Random) -> bytes:
     """One change to a value of a JSON file: it goes, or becomes of another kind."""
-    whole = json.loads(data)
-    places = list(values(whole))
-    parent, key = chance.choice(places)
+    original = json.loads(data)
+    locations = list(values(original))
+    parent, key = chance.choice(locations)
     strange = [None, True, "", "x", "../../x", "\ud800", "nul\0", -1, 0, 1e308, 10**30, 1 << 64, {}]
     strange += [float("nan"), deep(3), deep(900), {"16": [16]}, str(parent[key]), [parent[key]]]
     if chance.random() < 0.25:
         del parent[key]
     else:
         parent[key] = chance.choice(strange)
-    return json.dumps(whole).encode()
+    return json.dumps(original).encode()
 
 
 def values(node: Any) -> Any:
@@ -264,18 +266,18 @@ def opened(folder: Path) -> list[bytes]:
     ]
 
 
-FILES = ("report.json", "records/dataset_info.json", "records/features.json")
+FILES = ("dataset_report.json", "records/dataset_info.json", "records/features.json")
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [some_bytes, some_value])
-def test_no_damage_to_metadata_does_worse_than_an_error_for_people(
+def test_damaged_metadata_raise_only_errors_for_people(
     prepared: Path, copy: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
 ):
-    whole, chance, expected = (copy / name).read_bytes(), random.Random(name), opened(prepared)
+    original, chance, expected = (copy / name).read_bytes(), random.Random(name), opened(prepared)
     refused = 0
     for _ in range(35):
-        (copy / name).write_bytes(damage(whole, chance))
+        (copy / name).write_bytes(damage(original, chance))
         try:
             assert opened(copy) == expected
         except UserError:
@@ -285,20 +287,24 @@ def test_no_damage_to_metadata_does_worse_than_an_error_for_people(
 
 @pytest.mark.parametrize("name", FILES[1:])
 @pytest.mark.parametrize("damage", [some_bytes, some_value])
-def test_nor_do_metadata_of_somebody_who_knows_how_they_are_sealed(
+def test_forged_metadata_with_a_valid_seal_do_no_worse_than_an_error(
     copy: Path, name: str, damage: Callable[[bytes, random.Random], bytes]
 ):
-    whole, chance, report = (copy / name).read_bytes(), random.Random(name), read_report(copy)
-    (copy / "report.json").unlink()
-    found = set()
+    original, chance, report = (
+        (copy / name).read_bytes(),
+        random.Random(name),
+        read_dataset_report(copy),
+    )
+    (copy / "dataset_report.json").unlink()
+    outcomes = set()
     for _ in range(35):
-        (copy / name).write_bytes(damage(whole, chance))
-        sealed = records.complete(report, copy)
-        (copy / "report.json").write_text(json.dumps(sealed))
+        (copy / name).write_bytes(damage(original, chance))
+        sealed = records.seal(report, copy)
+        (copy / "dataset_report.json").write_text(json.dumps(sealed))
         try:
             opened(copy)
-            found.add("images")
+            outcomes.add("images")
         except UserError:
-            found.add("an error")
-        (copy / "report.json").unlink()
-    assert found == {"images", "an error"}
+            outcomes.add("an error")
+        (copy / "dataset_report.json").unlink()
+    assert outcomes == {"images", "an error"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vaejax.data.decode import Refused, decode, opened, pixels, resize
+from vaejax.data.decode import Refused, decode, open_image, resize, to_rgb
 
 Bombs = dict[str, Callable[[int], bytes]]
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
@@ -46,7 +46,7 @@ def test_every_format_is_read(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
-def test_what_loses_nothing_comes_back_bit_for_bit(kind: str):
+def test_lossless_formats_come_back_bit_for_bit(kind: str):
     assert np.array_equal(decode(encode(Image.fromarray(noise()), kind)), noise())
 
 
@@ -67,14 +67,14 @@ def test_what_loses_nothing_comes_back_bit_for_bit(kind: str):
         ("YCbCr", (76, 85, 255), "TIFF", RED),
     ],
 )
-def test_every_mode_becomes_rgb_and_what_is_transparent_white(
+def test_every_mode_becomes_rgb_and_transparency_white(
     mode: str, colour: Any, kind: str, expected: tuple[int, ...]
 ):
     image = decode(encode(flat(mode, colour), kind))
     assert np.abs(image.astype(int) - expected).max() <= 2
 
 
-def test_a_palette_is_looked_up_and_its_transparent_colour_is_white():
+def test_a_palette_becomes_rgb_and_its_transparent_colour_white():
     image = Image.new("P", (12, 10), 0)
     image.putpalette([*RED, 0, 0, 255])
     image.paste(1, (0, 0, 6, 10))
@@ -169,18 +169,18 @@ def test_a_palette_of_too_many_colours_is_refused():
         (b"\xff\xd8\xff", "truncated or damaged"),
     ],
 )
-def test_what_is_no_image_is_refused_by_its_reason(data: bytes, expected: str):
+def test_a_file_that_is_no_image_is_refused_with_its_reason(data: bytes, expected: str):
     assert reason(data) == expected
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_no_damage_does_worse_than_to_be_refused(kind: str):
-    random, whole = np.random.default_rng(0), encode(Image.fromarray(noise(16, 16)), kind)
+def test_a_damaged_file_is_decoded_or_refused_and_raises_nothing_else(kind: str):
+    random, original = np.random.default_rng(0), encode(Image.fromarray(noise(16, 16)), kind)
     outcomes = set()
     for _ in range(150):
-        data = bytearray(whole[: random.integers(1, len(whole) + 1)])
-        for place in random.integers(0, len(data), random.integers(0, 4)):
-            data[place] = random.integers(256)
+        data = bytearray(original[: random.integers(1, len(original) + 1)])
+        for offset in random.integers(0, len(data), random.integers(0, 4)):
+            data[offset] = random.integers(256)
         try:
             outcomes.add(decode(bytes(data)).dtype)
         except Refused:
@@ -230,7 +230,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, bombs: Bombs, k
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_small_file_made_like_a_bomb_is_read(bombs: Bombs, kind: str):
+def test_a_small_file_built_like_a_bomb_is_read(bombs: Bombs, kind: str):
     """Or else the test above would refuse for another reason."""
     assert np.array_equal(decode(bombs[kind](16)), np.zeros((16, 16, 3), np.uint8))
 
@@ -239,7 +239,7 @@ def test_a_large_photograph_is_decoded_small_but_not_too_small():
     ramp = np.linspace(0, 255, 1000).astype(np.uint8)
     photograph = np.broadcast_to(ramp[:, None], (1000, 800))
     data = encode(Image.fromarray(photograph), "JPEG")
-    small = pixels(opened(data), at_least=128)
+    small = to_rgb(open_image(data), min_side=128)
     assert small.shape == (250, 200, 3)
     shrunk = resize(small, 64).astype(int)
     assert np.abs(shrunk - resize(decode(data), 64)).max() <= 3
@@ -259,11 +259,11 @@ def test_shrinking_takes_the_mean_of_every_pixel(tall: int, wide: int):
     assert np.abs(resize(image, 16) - means).max() <= 1
 
 
-def test_an_image_of_the_size_that_is_wanted_is_unchanged():
+def test_an_image_of_the_requested_size_is_unchanged():
     assert np.array_equal(resize(noise(32, 32), 32), noise(32, 32))
 
 
-def test_where_one_side_shrinks_and_one_grows_each_has_its_own_rule():
+def test_a_side_that_shrinks_is_averaged_though_the_other_grows():
     stripes = np.zeros((16, 256, 3), np.uint8)
     stripes[:, ::2] = 255  # which any sampling of pixels would show as black, white or moiré
     assert np.unique(resize(stripes, 64)).tolist() == [128]

@@ -1,4 +1,4 @@
-"""A face is found, and cut out the same way wherever it is; every other case is told."""
+"""A face is detected, and cut out the same way wherever it is; every other case is reported."""
 
 import hashlib
 import itertools
@@ -18,10 +18,22 @@ from PIL import Image, ImageOps
 from skimage import data
 
 from vaejax.data import gather
-from vaejax.data.faces import Box, Crop, Finder, choose, crop, find, small, square
-from vaejax.data.prepare import builder, look, prepare
-from vaejax.data.records import read_report
-from vaejax.data.sheet import Seen, Sheet, seen
+from vaejax.data.faces import (
+    Box,
+    Crop,
+    Detector,
+    Sheet,
+    Thumbnail,
+    cut,
+    detect,
+    draw_thumbnail,
+    largest,
+    shrink,
+    square_around,
+)
+from vaejax.data.gather import Threads
+from vaejax.data.prepare import builder, find_prepared, prepare
+from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
 
 EYES_AND_MOUTH = [(123, 101), (168, 103), (143, 147)]  # of the astronaut, (x, y)
@@ -36,19 +48,21 @@ def astronaut() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finder() -> Finder:
-    return Finder(Crop())
+def detector() -> Detector:
+    return Detector(Crop())
 
 
 def middle(box: Box) -> tuple[float, float]:
     return box.left + box.width / 2, box.top + box.height / 2
 
 
-# The face is found
+# Detection
 
 
-def test_a_box_holds_the_eyes_and_the_mouth_and_little_else(astronaut: np.ndarray, finder: Finder):
-    (box,) = finder.find(astronaut)
+def test_a_box_holds_the_eyes_and_the_mouth_and_little_else(
+    astronaut: np.ndarray, detector: Detector
+):
+    (box,) = detector.detect(astronaut)
     assert all(0 < x - box.left < box.width for x, _ in EYES_AND_MOUTH)
     assert all(0 < y - box.top < box.height for _, y in EYES_AND_MOUTH)
     assert box.width == box.height < 120  # the head is 148 pixels wide
@@ -70,46 +84,47 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     ],
     ids=["shifted", "cut", "mirrored", "smaller", "larger", "darker"],
 )
-def test_a_face_is_found_where_it_went(
-    astronaut: np.ndarray, finder: Finder, change: Callable, where: Callable
+def test_a_face_is_detected_where_it_was_moved_to(
+    astronaut: np.ndarray, detector: Detector, change: Callable, where: Callable
 ):
-    box = choose(finder.find(astronaut))
+    box = largest(detector.detect(astronaut))
     x, y, scale = where(*middle(box))
-    found = choose(finder.find(change(astronaut)))
-    assert np.abs(np.subtract(middle(found), (x, y))).max() < 0.05 * box.width * scale
-    assert found.width == pytest.approx(box.width * scale, rel=0.15)
+    moved = largest(detector.detect(change(astronaut)))
+    assert np.abs(np.subtract(middle(moved), (x, y))).max() < 0.05 * box.width * scale
+    assert moved.width == pytest.approx(box.width * scale, rel=0.15)
 
 
 @pytest.mark.parametrize("picture", [data.coffee, data.chelsea, data.rocket])
-def test_no_face_is_found_where_there_is_none(finder: Finder, picture: Callable):
-    assert finder.find(picture()) == []
+def test_no_face_is_detected_where_there_is_none(detector: Detector, picture: Callable):
+    assert detector.detect(picture()) == []
 
 
-def test_the_larger_of_two_is_chosen_wherever_it_stands(astronaut: np.ndarray, finder: Finder):
+def test_the_larger_of_two_is_chosen_wherever_it_stands(astronaut: np.ndarray, detector: Detector):
     head = astronaut[:230, :230]
     large = resized(head, 300)
     small = np.pad(resized(head, 180), ((0, 120), (0, 0), (0, 0)), constant_values=128)
     for pair, left in (([small, large], 180), ([large, small], 0)):
-        boxes = finder.find(np.concatenate(pair, axis=1))
+        boxes = detector.detect(np.concatenate(pair, axis=1))
         assert len(boxes) == 2
-        assert left < choose(boxes).left < left + 300
+        assert left < largest(boxes).left < left + 300
 
 
 def test_of_equal_faces_the_topmost_is_chosen_then_the_leftmost_in_any_order():
     boxes = [Box(9, 9, 4, 4), Box(5, 2, 6, 6), Box(3, 7, 6, 6), Box(7, 2, 6, 6)]
-    assert {choose(some) for some in itertools.permutations(boxes)} == {Box(5, 2, 6, 6)}
+    assert {largest(some) for some in itertools.permutations(boxes)} == {Box(5, 2, 6, 6)}
 
 
 def test_the_boxes_are_the_same_in_whatever_order_opencv_hands_them_over(astronaut: np.ndarray):
     head = astronaut[:, :230]
     two = np.concatenate([head, head[:, ::-1]], axis=1)
-    detect = cv2.CascadeClassifier(str(ANOTHER)).detectMultiScale
-    one, other = find(two, detect), find(two, lambda *a, **settings: detect(*a, **settings)[::-1])
+    multi_scale = cv2.CascadeClassifier(str(ANOTHER)).detectMultiScale
+    one = detect(two, multi_scale)
+    other = detect(two, lambda *a, **settings: multi_scale(*a, **settings)[::-1])
     assert len(one) == 2
     assert one == other
 
 
-# What is cut out
+# The square that is cut out
 
 
 def random_boxes(n: int) -> list[tuple[Box, float, tuple[int, int]]]:
@@ -123,21 +138,21 @@ def random_boxes(n: int) -> list[tuple[Box, float, tuple[int, int]]]:
     return some
 
 
-def test_what_is_cut_out_is_a_square_inside_of_the_size_that_was_asked_for():
+def test_the_square_lies_inside_and_has_the_requested_size():
     for box, margin, (height, width) in random_boxes(500):
-        cut = square(box, margin, (height, width))
+        cut = square_around(box, margin, (height, width))
         assert cut.width == cut.height
         assert cut.left >= 0
         assert cut.top >= 0
         assert cut.left + cut.width <= width
         assert cut.top + cut.height <= height
-        asked = max(box.width, box.height) * (1 + 2 * margin)
-        assert cut.width == pytest.approx(min(asked, height, width), abs=0.5)
+        side = max(box.width, box.height) * (1 + 2 * margin)
+        assert cut.width == pytest.approx(min(side, height, width), abs=0.5)
 
 
 def test_the_face_is_in_the_middle_unless_the_picture_ends_there():
     for box, margin, (height, width) in random_boxes(500):
-        cut = square(box, margin, (height, width))
+        cut = square_around(box, margin, (height, width))
         for side, (at, there), (start, length) in (
             (width, (middle(box)[0], middle(cut)[0]), (cut.left, cut.width)),
             (height, (middle(box)[1], middle(cut)[1]), (cut.top, cut.height)),
@@ -148,24 +163,24 @@ def test_the_face_is_in_the_middle_unless_the_picture_ends_there():
 
 
 def test_a_face_at_the_edge_keeps_its_margin_on_the_other_side():
-    assert square(Box(0, 30, 20, 20), 0.5, (100, 100)) == Box(0, 20, 40, 40)
-    assert square(Box(80, 80, 20, 20), 0.5, (100, 100)) == Box(60, 60, 40, 40)
-    assert square(Box(10, 5, 20, 20), 0.5, (30, 100)) == Box(5, 0, 30, 30)
+    assert square_around(Box(0, 30, 20, 20), 0.5, (100, 100)) == Box(0, 20, 40, 40)
+    assert square_around(Box(80, 80, 20, 20), 0.5, (100, 100)) == Box(60, 60, 40, 40)
+    assert square_around(Box(10, 5, 20, 20), 0.5, (30, 100)) == Box(5, 0, 30, 30)
 
 
 # A prepared set
 
 
 @pytest.fixture(scope="module")
-def album(tmp_path_factory: pytest.TempPathFactory, astronaut: np.ndarray) -> Path:
-    """9 pictures of one face in many places, one of two, two of none, and one that is broken."""
-    folder = tmp_path_factory.mktemp("album")
+def photos(tmp_path_factory: pytest.TempPathFactory, astronaut: np.ndarray) -> Path:
+    """9 pictures of one face in many positions, one of two, two of none, and one that is broken."""
+    folder = tmp_path_factory.mktemp("photos")
     head = Image.fromarray(astronaut).resize((150, 150))
     for i, image in enumerate([head, ImageOps.mirror(head), ImageOps.grayscale(head)]):
-        for place in (0, 40, 90):  # at the left edge, the middle, the right edge
+        for left in (0, 40, 90):  # at the left edge, the middle, the right edge
             page = Image.new("RGB", (240, 180), "grey")
-            page.paste(image, (place, 15))
-            page.save(folder / f"one {i} {place}.png")
+            page.paste(image, (left, 15))
+            page.save(folder / f"one {i} {left}.png")
     two = Image.new("RGB", (300, 170), "grey")
     two.paste(head.resize((100, 100)), (10, 0))
     two.paste(head, (140, 10))
@@ -190,9 +205,9 @@ def images(folder: Path) -> dict[str, np.ndarray]:
     return {record["path"].decode(): record["image"] for split in splits for record in split}
 
 
-def test_the_report_tells_of_the_faces(album: Path):
+def test_the_report_describes_the_crop_and_counts_faces(photos: Path):
     lines: list[str] = []
-    report = read_report(make(album, out=None, say=lines.append, size=40))
+    report = read_dataset_report(make(photos, out=None, say=lines.append, size=40))
     assert report["accepted"] == 10
     assert report["refused"] == [
         {"path": "cat.png", "reason": "no face found"},
@@ -207,54 +222,56 @@ def test_the_report_tells_of_the_faces(album: Path):
         "several_faces": 1,
     }
     assert "3 files refused, 1 with several faces and 2 with none" in lines[-1]
-    assert "faces" not in prepare(album, size=40, allow_refused=True, say=lines.append).name
+    assert "faces" not in prepare(photos, size=40, allow_refused=True, say=lines.append).name
     assert "faces" not in lines[-1].split("images")[1].split("They are")[0]
 
 
-def test_a_record_is_the_square_around_the_face(album: Path, finder: Finder):
-    found = images(make(album))
-    for path, image in found.items():
-        with Image.open(album / path) as file:
-            whole = np.asarray(file.convert("RGB"))
-        box = square(choose(finder.find(whole)), 0.3, whole.shape[:2])
-        expected = Image.fromarray(crop(whole, box)).resize((32, 32), Image.Resampling.BOX)
+def test_a_record_is_the_square_around_the_face(photos: Path, detector: Detector):
+    cropped = images(make(photos))
+    for path, image in cropped.items():
+        with Image.open(photos / path) as file:
+            original = np.asarray(file.convert("RGB"))
+        box = square_around(largest(detector.detect(original)), 0.3, original.shape[:2])
+        expected = Image.fromarray(cut(original, box)).resize((32, 32), Image.Resampling.BOX)
         assert np.abs(image.astype(int) - np.asarray(expected)).mean() < 4, path
-    left, right = found["one 0 0.png"], found["one 0 90.png"]
+    left, right = cropped["one 0 0.png"], cropped["one 0 90.png"]
     assert np.abs(left.astype(int) - right).mean() < 25  # the same face, from either edge
 
 
-def test_a_set_is_the_same_whatever_the_number_of_threads(album: Path, tmp_path: Path):
-    one, many = (everything(make(album, out=tmp_path / str(n), threads=n)) for n in (1, 4))
+def test_a_set_is_the_same_whatever_the_number_of_threads(photos: Path, tmp_path: Path):
+    one, many = (
+        everything(make(photos, out=tmp_path / str(n), workers=Threads(n))) for n in (1, 4)
+    )
     assert "faces_sheet.png" in one
     assert one.keys() == many.keys()
-    assert [name for name in one if one[name] != many[name]] == ["report.json"]
-    reports = [json.loads(files["report.json"]) for files in (one, many)]
+    assert [name for name in one if one[name] != many[name]] == ["dataset_report.json"]
+    reports = [json.loads(files["dataset_report.json"]) for files in (one, many)]
     ours = {"seconds": 0, "sha256": ""}
     assert {**reports[0], **ours} == {**reports[1], **ours}
 
 
-def test_a_small_face_of_a_large_photograph_is_as_sharp_as_that_has_it(
-    astronaut: np.ndarray, finder: Finder, tmp_path: Path, monkeypatch
+def test_a_small_face_keeps_the_resolution_of_a_large_photograph(
+    astronaut: np.ndarray, detector: Detector, tmp_path: Path, monkeypatch
 ):
     sharp = np.pad(resized(astronaut, 480), ((460, 460), (460, 460), (0, 0)), mode="edge")
     photograph = Image.fromarray(sharp)  # 1,400 x 1,400
     photograph.save(tmp_path / "photograph.png")
     photograph.save(tmp_path / "photograph.jpg", quality=95)
     photograph.save(tmp_path / "progressive.jpg", quality=95, progressive=True)
-    decode, threads = gather.pixels, set()
+    decode, threads = gather.to_rgb, set()
 
     def watched(image: Image.Image, **settings: int) -> np.ndarray:
         if image.width * image.height > 1_000_000:
             threads.add(threading.get_ident())
         return decode(image, **settings)
 
-    monkeypatch.setattr(gather, "pixels", watched)
+    monkeypatch.setattr(gather, "to_rgb", watched)
     monkeypatch.setattr(gather, "_LARGE_PIXELS", 1_000_000)
-    box = square(choose(finder.find(small(sharp))), 0.3, (512, 512))
+    box = square_around(largest(detector.detect(shrink(sharp))), 0.3, (512, 512))
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
     inside = tuple(edge * 1400 / 512 for edge in edges)
     expected = photograph.resize((64, 64), Image.Resampling.BOX, box=inside)
-    for path, image in images(make(tmp_path, size=64, threads=4)).items():
+    for path, image in images(make(tmp_path, size=64, workers=Threads(4))).items():
         assert np.abs(image.astype(int) - np.asarray(expected)).mean() < 3, path
     assert len(threads) == 1  # one at a time, by one thread
 
@@ -262,78 +279,80 @@ def test_a_small_face_of_a_large_photograph_is_as_sharp_as_that_has_it(
 # Finding it again
 
 
-def test_a_crop_is_part_of_what_identifies_a_set(album: Path, tmp_path: Path, monkeypatch):
+def test_sets_with_different_crops_are_different_sets(photos: Path, tmp_path: Path, monkeypatch):
     copied = Path(shutil.copy(ANOTHER, tmp_path / "mine.xml"))
     crops = [None, Crop(), Crop(margin=0.5), Crop(cascade=ANOTHER)]
-    sets = [make(album, crop=crop) for crop in crops]
-    assert len({read_report(folder)["fingerprint"] for folder in sets}) == len(set(sets)) == 4
-    monkeypatch.setattr(gather, "_examine", None)  # whoever decodes, fails
-    assert [make(album, crop=crop) for crop in crops] == sets
-    assert make(album, crop=Crop(cascade=copied)) == sets[3]
-    assert [look(album, size=32, crop=crop)[0] for crop in crops] == sets
-    assert look(album, size=32, crop=Crop(margin=0.6)) == (None, 13)
+    sets = [make(photos, crop=crop) for crop in crops]
+    assert (
+        len({read_dataset_report(folder)["fingerprint"] for folder in sets}) == len(set(sets)) == 4
+    )
+    monkeypatch.setattr(gather, "examine", None)  # whoever decodes, fails
+    assert [make(photos, crop=crop) for crop in crops] == sets
+    assert make(photos, crop=Crop(cascade=copied)) == sets[3]
+    assert [find_prepared(photos, size=32, crop=crop)[0] for crop in crops] == sets
+    assert find_prepared(photos, size=32, crop=Crop(margin=0.6)) == (None, 13)
 
 
-def test_without_a_crop_sets_are_found_by_what_they_always_were(album: Path):
-    report = read_report(make(album, crop=None))
+def test_without_a_crop_the_key_and_the_fingerprint_are_hashes_of_the_files(photos: Path):
+    report = read_dataset_report(make(photos, crop=None))
     assert "crop" not in report
-    names = sorted(set(os.listdir(album)) - {"page.jpg"})
-    hashes = sorted(hashlib.sha256((album / name).read_bytes()).hexdigest() for name in names)
+    names = sorted(set(os.listdir(photos)) - {"page.jpg"})
+    hashes = sorted(hashlib.sha256((photos / name).read_bytes()).hexdigest() for name in names)
     joined = "\n".join([*hashes, "32"]).encode()
     assert report["fingerprint"] == hashlib.sha256(joined).hexdigest()
-    key = hashlib.sha256(b"vaejax prepared set 2, 32 pixels\n")
-    for name in sorted(os.listdir(album)):
-        stat = (album / name).stat()
+    key = hashlib.sha256(b"vaejax prepared set 3, 32 pixels\n")
+    for name in sorted(os.listdir(photos)):
+        stat = (photos / name).stat()
         key.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())
     assert report["listing"] == key.hexdigest()
 
 
-def test_a_prepared_set_is_not_cropped_again_in_another_way(album: Path):
-    cropped, whole = make(album), make(album, crop=None)
+def test_a_prepared_set_is_not_cropped_again_in_another_way(photos: Path):
+    cropped, uncropped = make(photos), make(photos, crop=None)
     assert make(cropped) == make(cropped, crop=None) == cropped
     with pytest.raises(UserError, match="cropped in another way: leave out --crop-faces"):
         make(cropped, crop=Crop(margin=0.5))
     with pytest.raises(UserError, match="not cropped to faces: leave out --crop-faces"):
-        look(whole, size=32, crop=Crop())
+        find_prepared(uncropped, size=32, crop=Crop())
     with pytest.raises(UserError, match=r"or not cropped in this way\. Choose another --out"):
-        make(album, out=whole)
+        make(photos, out=uncropped)
 
 
 # The sheet
 
 
-def test_the_sheet_lies_where_it_was_asked_for_though_the_set_was_there(
-    album: Path, tmp_path: Path
+def test_the_sheet_is_copied_to_its_path_even_if_the_set_was_prepared_before(
+    photos: Path, tmp_path: Path
 ):
     first, again, prepared = (tmp_path / "new" / f"{name}.png" for name in ("1", "2", "3"))
-    folder = make(album, out=tmp_path / "set", debug_sheet=first)
-    make(album, out=tmp_path / "set", debug_sheet=again)
+    folder = make(photos, out=tmp_path / "set", debug_sheet=first)
+    make(photos, out=tmp_path / "set", debug_sheet=again)
     make(folder, debug_sheet=prepared)
     expected = (folder / "faces_sheet.png").read_bytes()
     assert {path.read_bytes() for path in (first, again, prepared)} == {expected}
 
 
-def test_the_sheet_is_there_when_too_many_have_no_face(album: Path, tmp_path: Path):
+def test_the_sheet_is_there_when_too_many_have_no_face(photos: Path, tmp_path: Path):
     out, png = tmp_path / "set", tmp_path / "sheet.png"
     hint = r"3 of 13 files .* 2 no face found.* --debug-sheet faces_sheet\.png shows where"
     with pytest.raises(UserError, match=hint):
-        make(album, out=out, allow_refused=False)
+        make(photos, out=out, allow_refused=False)
     with pytest.raises(UserError, match=r"--allow-refused\. .*/sheet\.png shows where faces were"):
-        make(album, out=out, allow_refused=False, debug_sheet=png)
+        make(photos, out=out, allow_refused=False, debug_sheet=png)
     assert {path.name for path in tmp_path.iterdir()} == {"sheet.png", "set.refused.json"}
-    make(album, out=out, debug_sheet=tmp_path / "kept.png")
+    make(photos, out=out, debug_sheet=tmp_path / "kept.png")
     assert png.read_bytes() == (tmp_path / "kept.png").read_bytes()
 
 
 def test_the_sheet_shows_the_face_and_the_square_and_frames_what_is_refused(astronaut: np.ndarray):
     face, other = Box(90, 60, 120, 120), Box(10, 240, 30, 30)
-    drawn = seen(astronaut, [other, face], margin=0.25)  # 300 pixels become 160
+    drawn = draw_thumbnail(astronaut, [other, face], margin=0.25)  # 300 pixels become 160
     assert drawn.faces == 2
-    assert {tuple(pixel) for pixel in drawn.thumbnail[35:95, 48].tolist()} == {YELLOW}  # x = 90
-    assert {tuple(pixel) for pixel in drawn.thumbnail[20:110, 32].tolist()} == {BLUE}  # x = 60
-    none = seen(astronaut[:150], [], margin=0.25)
-    assert none.thumbnail.shape == (80, 160, 3)
-    for edge in (none.thumbnail[0], none.thumbnail[-1], none.thumbnail[:, 0]):
+    assert {tuple(pixel) for pixel in drawn.image[35:95, 48].tolist()} == {YELLOW}  # x = 90
+    assert {tuple(pixel) for pixel in drawn.image[20:110, 32].tolist()} == {BLUE}  # x = 60
+    none = draw_thumbnail(astronaut[:150], [], margin=0.25)
+    assert none.image.shape == (80, 160, 3)
+    for edge in (none.image[0], none.image[-1], none.image[:, 0]):
         assert {tuple(pixel) for pixel in edge.tolist()} == {RED}
 
 
@@ -341,30 +360,30 @@ def test_a_sheet_of_many_pictures_is_bounded_and_even(tmp_path: Path):
     sheet, heights = Sheet(), []
     for count in (100, 900, 9_000):
         for i in range(count):
-            sheet.add(f"{i}.png", Seen(np.full((4, 4, 3), 0, np.uint8), i % 3))
+            sheet.add(f"{i}.png", Thumbnail(np.full((4, 4, 3), 0, np.uint8), i % 3))
         sheet.save(tmp_path / "sheet.png")
         with Image.open(tmp_path / "sheet.png") as image:
             heights.append(image.height)
     assert heights[0] < heights[1] == heights[2]
-    for kind in sheet._kinds:
-        assert kind.count == pytest.approx(10_000 / 3, abs=1)
-        assert len(kind.kept) <= 2 * kind.most
-        assert len(kind.shown()) == kind.most
+    for sample in sheet._samples:
+        assert sample.count == pytest.approx(10_000 / 3, abs=1)
+        assert len(sample.held) <= 2 * sample.size
+        assert len(sample.shown()) == sample.size
 
 
 def test_a_picture_is_shown_among_those_with_as_many_faces(tmp_path: Path):
     sheet = Sheet()
     for faces in (0, 1, 2, 7):
-        sheet.add(str(faces), Seen(np.zeros((1, 1, 3), np.uint8), faces))
-    none, several, one = ([path for path, _ in kind.shown()] for kind in sheet._kinds)
+        sheet.add(str(faces), Thumbnail(np.zeros((1, 1, 3), np.uint8), faces))
+    none, several, one = ([path for path, _ in sample.shown()] for sample in sheet._samples)
     assert (none, several, one) == (["0"], ["2", "7"], ["1"])
 
 
 def test_a_selection_is_spaced_evenly_from_the_first_to_the_last(tmp_path: Path):
     sheet = Sheet()
     for i in range(1_234):
-        sheet.add(str(i), Seen(np.zeros((1, 1, 3), np.uint8), 0))
-    shown = [int(path) for path, _ in sheet._kinds[0].shown()]
+        sheet.add(str(i), Thumbnail(np.zeros((1, 1, 3), np.uint8), 0))
+    shown = [int(path) for path, _ in sheet._samples[0].shown()]
     gaps = np.diff(shown)
     assert shown[0] == 0
     assert shown[-1] >= 1_234 - gaps.max()
@@ -403,38 +422,38 @@ def write(path: Path, text: str) -> Path:
     ],
     ids=["missing", "folder", "empty", "text", "cut off", "another xml", "odd name"],
 )
-def test_a_file_that_is_no_cascade_is_told_before_the_work(
-    album: Path, tmp_path: Path, monkeypatch, cascade: Callable, message: str
+def test_a_file_that_is_no_cascade_is_an_error_before_the_work(
+    photos: Path, tmp_path: Path, monkeypatch, cascade: Callable, message: str
 ):
-    monkeypatch.setattr(gather, "_examine", None)  # whoever decodes, fails
+    monkeypatch.setattr(gather, "examine", None)  # whoever decodes, fails
     settings = {"crop": Crop(cascade=cascade(tmp_path)), "out": tmp_path / "set"}
     with pytest.raises(UserError, match=message):
-        make(album, **settings)
+        make(photos, **settings)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("margin", [-0.1, 2.1, float("nan"), float("inf")])
-def test_margins_that_make_no_sense_are_refused(album: Path, margin: float):
+def test_margins_outside_of_0_to_2_are_refused(photos: Path, margin: float):
     with pytest.raises(UserError, match=f"--margin {margin}: from 0 to 2"):
-        make(album, crop=Crop(margin=margin))
+        make(photos, crop=Crop(margin=margin))
 
 
-def test_a_place_where_no_sheet_can_be_is_told_before_the_work(
-    album: Path, tmp_path: Path, monkeypatch
+def test_a_path_where_no_sheet_can_be_written_is_an_error_before_the_work(
+    photos: Path, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(gather, "_examine", None)  # whoever decodes, fails
+    monkeypatch.setattr(gather, "examine", None)  # whoever decodes, fails
     write(tmp_path / "file", "mine")
-    for place, message in {
+    for path, message in {
         tmp_path / "sheet.jpg": r"its name must end in \.png",
         tmp_path / "file" / "sheet.png": "file is a file",
-        album / "sheet.png": "lies in .*album",
+        photos / "sheet.png": "lies in .*photos",
         tmp_path / "set" / "sheet.png": "lies in .*set",
     }.items():
         with pytest.raises(UserError, match=message):
-            make(album, out=tmp_path / "set", debug_sheet=place)
+            make(photos, out=tmp_path / "set", debug_sheet=path)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        make(album, out=tmp_path / "set", debug_sheet=tmp_path / "folder.png")
+        make(photos, out=tmp_path / "set", debug_sheet=tmp_path / "folder.png")
     with pytest.raises(UserError, match="add --crop-faces"):
-        make(album, crop=None, debug_sheet=tmp_path / "sheet.png")
+        make(photos, crop=None, debug_sheet=tmp_path / "sheet.png")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}

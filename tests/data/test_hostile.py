@@ -16,10 +16,10 @@ import pytest
 from PIL import ExifTags, Image
 
 from vaejax.data.batches import Images
-from vaejax.data.gather import gather
+from vaejax.data.gather import Threads
 from vaejax.data.prepare import prepare
-from vaejax.data.records import read_report
-from vaejax.data.sources import listing
+from vaejax.data.records import read_dataset_report
+from vaejax.data.sources import open_source
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 Colour = tuple[int, int, int]
@@ -148,9 +148,9 @@ def refusals(bombs: dict[str, Callable[[int], bytes]]) -> dict[str, str]:
 
 
 def images(folder: Path) -> dict[str, np.ndarray]:
-    splits = [Images(folder, split) for split in read_report(folder)["splits"]]
+    splits = [Images(folder, split) for split in read_dataset_report(folder)["splits"]]
     return {
-        some.texts(i)["path"]: some.read(np.array([i]))[0]
+        some.metadata(i)["path"]: some.read(np.array([i]))[0]
         for some in splits
         for i in range(len(some))
     }
@@ -159,58 +159,62 @@ def images(folder: Path) -> dict[str, np.ndarray]:
 PREPARE = """
 import resource, sys
 from pathlib import Path
+from vaejax.data.gather import Threads
 from vaejax.data.prepare import prepare
 plain, hostile, out = map(Path, sys.argv[1:])
 def megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-prepare(plain, size=16, out=out / "plain", threads=2, say=lambda _: None)
+prepare(plain, size=16, out=out / "plain", workers=Threads(2), say=lambda _: None)
 before = megabytes()
-prepare(hostile, size=16, out=out / "hostile", allow_refused=True, threads=2, say=lambda _: None)
+prepare(
+    hostile, size=16, out=out / "hostile", allow_refused=True, workers=Threads(2),
+    say=lambda _: None,
+)
 print(megabytes() - before)
 """
 
 
-def test_every_fault_has_its_reason_every_oddity_its_colour_and_all_are_cheap(
+def test_each_bad_file_has_its_reason_each_odd_one_its_colour_and_memory_is_bounded(
     faces: Path, source: Path, refusals: dict[str, str], tmp_path: Path
 ):
     command = [sys.executable, "-c", PREPARE, *map(str, (faces, source, tmp_path))]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert int(ended.stdout) < 30  # MB
-    report = read_report(tmp_path / "hostile")
+    report = read_dataset_report(tmp_path / "hostile")
     assert {r["path"]: r["reason"] for r in report["refused"]} == refusals
     assert len(report["refused"]) == len(refusals)
     assert report["ignored"] == 4  # three that are junk, and a second name of grey.png
     assert report["duplicates"] == [["copy 1.png", "copy 2.png", "grey.png"]]
-    found = images(tmp_path / "hostile")
-    assert found.keys() == {*GOOD, "turned.png", "copy 1.png", "copy 2.png"}
+    prepared = images(tmp_path / "hostile")
+    assert prepared.keys() == {*GOOD, "turned.png", "copy 1.png", "copy 2.png"}
     for name, (_, colour) in GOOD.items():
-        assert np.abs(found[name].astype(int) - colour).max() <= 1, name
-    assert np.array_equal(found["turned.png"][0, 0], RED)
-    assert np.array_equal(found["turned.png"][-1, -1], BLUE)
+        assert np.abs(prepared[name].astype(int) - colour).max() <= 1, name
+    assert np.array_equal(prepared["turned.png"][0, 0], RED)
+    assert np.array_equal(prepared["turned.png"][-1, -1], BLUE)
 
 
-def test_a_zip_of_the_same_files_fares_the_same(source: Path, tmp_path: Path):
+def test_a_zip_of_the_same_files_gives_the_same(source: Path, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, (data, _) in {**BAD, **GOOD}.items():
             archive.writestr(name, data)
     folder = prepare(tmp_path / "a.zip", size=16, allow_refused=True, say=lambda _: None)
-    assert {r["path"]: r["reason"] for r in read_report(folder)["refused"]} == {
+    assert {r["path"]: r["reason"] for r in read_dataset_report(folder)["refused"]} == {
         name: reason for name, (_, reason) in BAD.items()
     }
-    found = images(folder)
-    assert found.keys() == GOOD.keys()
+    prepared = images(folder)
+    assert prepared.keys() == GOOD.keys()
     for name, (_, colour) in GOOD.items():
-        assert np.abs(found[name].astype(int) - colour).max() <= 1, name
+        assert np.abs(prepared[name].astype(int) - colour).max() <= 1, name
 
 
 # What changes while it is read
 
 
-def test_what_changes_after_the_listing_is_refused_by_its_reason_and_the_rest_is_read(
+def test_files_that_change_after_the_listing_are_refused_and_the_others_read(
     faces: Path, tmp_path: Path
 ):
     source = Path(shutil.copytree(faces, tmp_path / "source"))
-    with listing(source) as files:
+    with open_source(source) as files:
         os.unlink(source / "000.png")
         os.truncate(source / "001.png", 60)
         os.truncate(source / "002.png", 0)
@@ -221,9 +225,10 @@ def test_what_changes_after_the_listing_is_refused_by_its_reason_and_the_rest_is
         (source / "005.png").mkdir()
         (source / "006.png").symlink_to("/dev/zero")
         (source / "007.png").write_text("<html>")
-        with (tmp_path / "pixels").open("w+b") as pixels:
-            found = gather(files, pixels, size=16, finder=None, threads=2, say=lambda _: None)
-    assert found.refused == [
+        scratch, say = tmp_path / "pixels", lambda _: None
+        with Threads(2).gather(files, scratch, size=16, detector=None, say=say) as gathered:
+            assert len(gathered.pixels[51]) == 16  # the last of them
+    assert gathered.refused == [
         {"path": "000.png", "reason": "unreadable"},
         {"path": "001.png", "reason": "truncated or damaged"},
         {"path": "002.png", "reason": "empty file"},
@@ -233,13 +238,13 @@ def test_what_changes_after_the_listing_is_refused_by_its_reason_and_the_rest_is
         {"path": "006.png", "reason": "not a regular file"},
         {"path": "007.png", "reason": "not an image"},
     ]
-    assert found.paths == [f"{i:03}.png" for i in range(8, 60)]
+    assert gathered.paths == [f"{i:03}.png" for i in range(8, 60)]
 
 
 # Names
 
 
-def test_names_that_are_no_text_survive_from_a_folder_to_the_records(faces: Path, tmp_path: Path):
+def test_names_that_are_not_utf_8_survive_from_a_folder_to_the_records(faces: Path, tmp_path: Path):
     source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/faces \xe9\n"))
     persons = [b"Zo\xeb", b"Zo\xeb.", "Zoë".encode(), b"-\xff\n"]
     for person in persons:
@@ -249,7 +254,7 @@ def test_names_that_are_no_text_survive_from_a_folder_to_the_records(faces: Path
     Path(os.fsdecode(os.fsencode(source) + b"/\xfe.png")).write_bytes(b"")
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/out \xff\n/set"))
     assert prepare(source, size=16, out=out, say=lambda _: None) == out
-    report = read_report(out)
+    report = read_dataset_report(out)
     assert report["refused"] == [{"path": "\\xfe.png", "reason": "empty file"}]
     assert report["source"] == f"{tmp_path}/faces \\xe9\\x0a"
     assert report["persons"] == 4
@@ -257,7 +262,7 @@ def test_names_that_are_no_text_survive_from_a_folder_to_the_records(faces: Path
     assert images(out).keys() == {f"{spelled[i % 4]}/\\xfe{i}.png" for i in range(60)}
 
 
-def test_names_that_are_no_text_survive_from_a_zip_to_the_records(faces: Path, tmp_path: Path):
+def test_names_that_are_not_utf_8_survive_from_a_zip_to_the_records(faces: Path, tmp_path: Path):
     source = tmp_path / "a.zip"
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr("xxxx.png", b"")
@@ -266,6 +271,8 @@ def test_names_that_are_no_text_survive_from_a_zip_to_the_records(faces: Path, t
     data = source.read_bytes().replace(b"xxxx", b"\xff\xfe\n-").replace(b"yyyy", b"Zo\xc3\xab")
     source.write_bytes(data)
     folder = prepare(source, size=16, say=lambda _: None)
-    assert read_report(folder)["refused"] == [{"path": "\xa0■\\x0a-.png", "reason": "empty file"}]
+    assert read_dataset_report(folder)["refused"] == [
+        {"path": "\xa0■\\x0a-.png", "reason": "empty file"}
+    ]
     spelled = ["Zoë", "\xa0■\\x0a-"]
     assert images(folder).keys() == {f"{spelled[i % 2]}/{i}.png" for i in range(60)}

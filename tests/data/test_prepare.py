@@ -1,4 +1,4 @@
-"""A folder or zip becomes a prepared set: whole, exact, the same everywhere, or not at all."""
+"""A folder or zip becomes a prepared set: complete, exact, the same everywhere, or not at all."""
 
 import errno
 import hashlib
@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax.data import gather, whole
-from vaejax.data.prepare import builder, look, prepare
-from vaejax.data.records import is_prepared, read_report
+from vaejax import files
+from vaejax.data import gather
+from vaejax.data.gather import Threads
+from vaejax.data.prepare import builder, find_prepared, prepare
+from vaejax.data.records import is_prepared, read_dataset_report
 from vaejax.errors import UserError
+from vaejax.files import atomic_folder
 
 SPLITS = ("train", "validation", "test")
 DATA = Path(os.environ.get("VAEJAX_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -50,9 +53,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def album(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
-    """54 faces of 6 persons, two copies across persons, a photograph, a web page, a note."""
-    folder = tmp_path_factory.mktemp("album")
+def photos(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
+    """54 faces of 6 persons, two duplicates across persons, a photograph, a web page, a note."""
+    folder = tmp_path_factory.mktemp("photos")
     for i, face in enumerate(sorted(faces.iterdir())[:54]):
         person = folder / f"person {i % 6}"
         person.mkdir(exist_ok=True)
@@ -66,16 +69,18 @@ def album(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read it, and leave it as it is."""
-    return make(album, out=tmp_path_factory.mktemp("out") / "set")
+    return make(photos, out=tmp_path_factory.mktemp("out") / "set")
 
 
 # What is in a prepared set
 
 
-def test_the_report_says_what_was_found(album: Path, prepared: Path):
-    report = read_report(prepared)
+def test_the_report_counts_images_refusals_duplicates_sizes_and_persons(
+    photos: Path, prepared: Path
+):
+    report = read_dataset_report(prepared)
     assert report["accepted"] == 57
     assert report["refused"] == [{"path": "person 0/page.jpg", "reason": "not an image"}]
     assert report["ignored"] == 1
@@ -89,29 +94,29 @@ def test_the_report_says_what_was_found(album: Path, prepared: Path):
     assert list(report["splits"]) == list(SPLITS)
     assert sum(report["splits"].values()) == 57
     assert 0 < report["seconds"] < 60
-    assert report["source"] == str(album)
+    assert report["source"] == str(photos)
     assert report["size"] == 16
 
 
-def test_every_accepted_file_is_one_record_with_its_pixels(album: Path, prepared: Path):
-    found = {text(record, "path"): record for record in records(prepared)}
-    files = {str(p.relative_to(album)): p for p in album.rglob("*") if p.is_file()}
-    assert set(found) == set(files) - {"notes.txt", "person 0/page.jpg"}
-    photograph = found.pop("person 0/photograph.jpg")
+def test_every_accepted_file_is_one_record_with_its_pixels(photos: Path, prepared: Path):
+    examples = {text(record, "path"): record for record in records(prepared)}
+    files = {str(p.relative_to(photos)): p for p in photos.rglob("*") if p.is_file()}
+    assert set(examples) == set(files) - {"notes.txt", "person 0/page.jpg"}
+    photograph = examples.pop("person 0/photograph.jpg")
     assert np.abs(photograph["image"].astype(int) - (255, 0, 0)).max() <= 1
-    for path, record in found.items():
+    for path, record in examples.items():
         with Image.open(files[path]) as image:
             assert np.array_equal(record["image"], np.asarray(image)), path
         assert text(record, "sha256") == hashlib.sha256(files[path].read_bytes()).hexdigest()
         assert text(record, "person") == path.split("/")[0]
 
 
-def test_the_splits_are_those_of_the_report_and_hold_whole_persons(prepared: Path):
-    found = records(prepared)
-    for split, count in read_report(prepared)["splits"].items():
-        assert len([r for r in found if r["split"] == split]) == count > 0
-    assert len({(text(r, "person"), r["split"]) for r in found}) == 6
-    assert len({(text(r, "sha256"), r["split"]) for r in found}) == 55
+def test_the_splits_are_those_of_the_report_and_hold_all_images_of_a_person(prepared: Path):
+    examples = records(prepared)
+    for split, count in read_dataset_report(prepared)["splits"].items():
+        assert len([r for r in examples if r["split"] == split]) == count > 0
+    assert len({(text(r, "person"), r["split"]) for r in examples}) == 6
+    assert len({(text(r, "sha256"), r["split"]) for r in examples}) == 55
 
 
 def test_the_order_of_the_records_is_not_that_of_the_names(prepared: Path):
@@ -122,12 +127,12 @@ def test_the_order_of_the_records_is_not_that_of_the_names(prepared: Path):
         assert order != sorted(order, key=lambda pair: pair[1])
 
 
-def test_there_is_a_contact_sheet_and_nothing_is_left_lying_about(prepared: Path):
+def test_there_is_a_contact_sheet_and_no_other_file_is_left(prepared: Path):
     records = {f"faces-{split}.array_record-00000-of-00001" for split in SPLITS}
     tables = {"dataset_info.json", "features.json"}
     assert {path.name for path in (prepared / "records").iterdir()} == records | tables
     assert {path.name for path in prepared.iterdir()} == {
-        "report.json",
+        "dataset_report.json",
         "contact_sheet.png",
         "records",
     }
@@ -135,42 +140,46 @@ def test_there_is_a_contact_sheet_and_nothing_is_left_lying_about(prepared: Path
         assert sheet.size == (8 * 18 + 2, 8 * 18 + 2)
 
 
-def test_a_set_is_the_same_whatever_the_number_of_threads(album: Path, tmp_path: Path):
-    one, many = (everything(make(album, out=tmp_path / str(n), threads=n)) for n in (1, 16))
-    assert {n: d for n, d in one.items() if n != "report.json"} == {
-        n: d for n, d in many.items() if n != "report.json"
+def test_a_set_is_the_same_whatever_the_number_of_threads(photos: Path, tmp_path: Path):
+    one, many = (
+        everything(make(photos, out=tmp_path / str(n), workers=Threads(n))) for n in (1, 16)
+    )
+    assert {n: d for n, d in one.items() if n != "dataset_report.json"} == {
+        n: d for n, d in many.items() if n != "dataset_report.json"
     }
-    reports = [json.loads(files["report.json"]) for files in (one, many)]
+    reports = [json.loads(files["dataset_report.json"]) for files in (one, many)]
     ours = {"seconds": 0, "sha256": ""}
     assert {**reports[0], **ours} == {**reports[1], **ours}
 
 
-def test_a_zip_gives_the_records_of_its_folder(album: Path, prepared: Path, tmp_path: Path):
-    shutil.make_archive(str(tmp_path / "album"), "zip", album)
-    other = make(tmp_path / "album.zip", out=tmp_path / "set")
+def test_a_zip_gives_the_records_of_its_folder(photos: Path, prepared: Path, tmp_path: Path):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
+    other = make(tmp_path / "photos.zip", out=tmp_path / "set")
     for one, two in zip(records(prepared), records(other), strict=True):
         np.testing.assert_equal(one, two)
-    assert read_report(other)["fingerprint"] == read_report(prepared)["fingerprint"]
+    assert read_dataset_report(other)["fingerprint"] == read_dataset_report(prepared)["fingerprint"]
 
 
-def test_the_fingerprint_is_of_the_images_and_the_size_alone(
-    album: Path, faces: Path, tmp_path: Path
+def test_the_fingerprint_depends_on_the_images_and_the_size_alone(
+    photos: Path, faces: Path, tmp_path: Path
 ):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for i, face in enumerate(sorted(faces.iterdir())):
         shutil.copy(face, elsewhere / f"{99 - i}.jpg")
-    prints = [read_report(make(source))["fingerprint"] for source in (faces, elsewhere, album)]
-    prints.append(read_report(make(faces, size=8))["fingerprint"])
+    prints = [
+        read_dataset_report(make(source))["fingerprint"] for source in (faces, elsewhere, photos)
+    ]
+    prints.append(read_dataset_report(make(faces, size=8))["fingerprint"])
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
 
-def test_an_image_of_many_megapixels_is_a_record_like_any_other(faces: Path, tmp_path: Path):
+def test_an_image_of_many_megapixels_becomes_a_record(faces: Path, tmp_path: Path):
     source = Path(shutil.copytree(faces, tmp_path / "source"))
     Image.new("RGB", (3000, 2800), "red").save(source / "large.png")
-    found = {text(r, "path"): r["image"] for r in records(make(source))}
-    assert np.array_equal(found["large.png"], np.broadcast_to([255, 0, 0], (16, 16, 3)))
+    images = {text(r, "path"): r["image"] for r in records(make(source))}
+    assert np.array_equal(images["large.png"], np.broadcast_to([255, 0, 0], (16, 16, 3)))
 
 
 def test_odd_names_survive_to_the_report_and_the_records(faces: Path, tmp_path: Path):
@@ -181,10 +190,12 @@ def test_odd_names_survive_to_the_report_and_the_records(faces: Path, tmp_path: 
         path = os.fsencode(source) + b"/" + name
         Path(os.fsdecode(path)).write_bytes(b"" if i == 0 else (faces / f"{i:03}.png").read_bytes())
     folder = make(source)
-    assert read_report(folder)["refused"] == [{"path": "\\xff\\xfe", "reason": "empty file"}]
-    copies = {path for paths in read_report(folder)["duplicates"] for path in paths}
+    assert read_dataset_report(folder)["refused"] == [
+        {"path": "\\xff\\xfe", "reason": "empty file"}
+    ]
+    duplicates = {path for paths in read_dataset_report(folder)["duplicates"] for path in paths}
     expected = {"new\\x0aline", "😀", "-rf", "é" * 125 + ".jpeg"}
-    assert expected <= copies
+    assert expected <= duplicates
     assert expected <= {text(record, "path") for record in records(folder)}
 
 
@@ -194,7 +205,7 @@ def test_odd_names_survive_to_the_report_and_the_records(faces: Path, tmp_path: 
 def test_a_second_use_decodes_nothing(faces: Path, tmp_path: Path, monkeypatch):
     cached, placed = make(faces), make(faces, out=tmp_path / "set")
     before = everything(placed)
-    monkeypatch.setattr(gather, "_examine", None)  # whoever decodes, fails
+    monkeypatch.setattr(gather, "examine", None)  # whoever decodes, fails
     assert make(faces) == cached
     assert make(faces, out=tmp_path / "set") == placed
     assert everything(placed) == before
@@ -208,11 +219,11 @@ def test_a_changed_source_makes_another_set(faces: Path, tmp_path: Path):
         sets.append(make(source))
     (source / "more.bmp").unlink()
     assert len(set(sets)) == 4
-    assert [read_report(folder)["accepted"] for folder in sets] == [60, 60, 61, 61]
+    assert [read_dataset_report(folder)["accepted"] for folder in sets] == [60, 60, 61, 61]
     assert make(source) == sets[0]
 
 
-def test_a_prepared_set_is_a_source_and_needs_its_images_no_more(faces: Path, tmp_path: Path):
+def test_a_prepared_set_is_a_source_without_its_original_images(faces: Path, tmp_path: Path):
     source = Path(shutil.copytree(faces, tmp_path / "source"))
     folder = make(source, out=tmp_path / "set")
     shutil.rmtree(source)
@@ -223,14 +234,14 @@ def test_a_prepared_set_is_a_source_and_needs_its_images_no_more(faces: Path, tm
         make(folder, out=tmp_path / "other")
 
 
-def test_to_look_writes_nothing(faces: Path, tmp_path: Path, monkeypatch):
+def test_finding_a_prepared_set_writes_nothing(faces: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert look(faces, size=16) == (None, 60)
+    assert find_prepared(faces, size=16) == (None, 60)
     assert list(tmp_path.iterdir()) == []
     folder = make(faces)
     assert folder.parent == tmp_path / "vaejax" / "prepared"
-    assert look(faces, size=16) == look(folder, size=16) == (folder, 60)
-    assert look(faces, size=8) == (None, 60)
+    assert find_prepared(faces, size=16) == find_prepared(folder, size=16) == (folder, 60)
+    assert find_prepared(faces, size=8) == (None, 60)
 
 
 # What cannot be prepared
@@ -244,7 +255,7 @@ def with_bad(faces: Path, folder: Path, bad: int) -> Path:
 
 
 def test_a_few_bad_files_are_left_out_and_listed(faces: Path, tmp_path: Path):
-    report = read_report(make(with_bad(faces, tmp_path / "source", 3)))
+    report = read_dataset_report(make(with_bad(faces, tmp_path / "source", 3)))
     assert report["accepted"] == 60
     assert report["refused"] == [
         {"path": "bad 0.png", "reason": "not an image"},
@@ -253,9 +264,7 @@ def test_a_few_bad_files_are_left_out_and_listed(faces: Path, tmp_path: Path):
     ]
 
 
-def test_more_than_5_percent_of_bad_files_stop_it_unless_they_are_allowed(
-    faces: Path, tmp_path: Path
-):
+def test_more_than_5_percent_of_bad_files_are_an_error_unless_allowed(faces: Path, tmp_path: Path):
     source, out = with_bad(faces, tmp_path / "source", 5), tmp_path / "set"
     with pytest.raises(UserError, match=r"5 of 65 files .* 3 not an image, 2 empty file") as error:
         make(source, out=out)
@@ -265,12 +274,14 @@ def test_more_than_5_percent_of_bad_files_stop_it_unless_they_are_allowed(
     assert str(listed) in str(error.value)
     assert len(json.loads(listed.read_text())) == 5
     assert not out.exists()
-    report = read_report(make(source, out=out, allow_refused=True))
+    report = read_dataset_report(make(source, out=out, allow_refused=True))
     assert (report["accepted"], len(report["refused"])) == (60, 5)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "set"}
 
 
-def test_a_zip_made_to_harm_is_refused_by_member_and_writes_nothing(faces: Path, tmp_path: Path):
+def test_members_whose_names_lead_out_of_a_zip_are_refused_and_write_nothing(
+    faces: Path, tmp_path: Path
+):
     source = tmp_path / "in" / "faces.zip"
     source.parent.mkdir()
     with zipfile.ZipFile(source, "w") as archive:
@@ -279,7 +290,7 @@ def test_a_zip_made_to_harm_is_refused_by_member_and_writes_nothing(faces: Path,
         for name in ("../evil.png", str(tmp_path / "evil.png")):
             archive.writestr(name, (faces / "000.png").read_bytes())
     before = everything(tmp_path)
-    report = read_report(make(source))
+    report = read_dataset_report(make(source))
     assert [r["reason"] for r in report["refused"]] == ["its name leads out of the zip"] * 2
     assert report["accepted"] == 60
     assert everything(tmp_path) == before
@@ -323,7 +334,7 @@ def a_text(source: Path, faces: Path) -> None:
         (a_text, "neither a folder of images nor a readable zip"),
     ],
 )
-def test_too_little_to_learn_from_is_an_error_and_leaves_nothing(
+def test_too_few_images_are_an_error_and_leave_nothing(
     faces: Path, tmp_path: Path, fill: Any, message: str
 ):
     fill(tmp_path / "source", faces)
@@ -337,13 +348,13 @@ def test_too_little_to_learn_from_is_an_error_and_leaves_nothing(
 def test_three_images_are_one_for_each_split(faces: Path, tmp_path: Path):
     for name in ("000.png", "001.png", "002.png"):
         shutil.copy(faces / name, tmp_path / name)
-    report = read_report(make(tmp_path))
+    report = read_dataset_report(make(tmp_path))
     assert report["splits"] == {"train": 1, "validation": 1, "test": 1}
     assert report["persons"] == 0
 
 
 @pytest.mark.parametrize("size", [0, 7, 2049])
-def test_sizes_that_make_no_sense_are_refused(faces: Path, size: int):
+def test_sizes_outside_of_8_to_2048_are_refused(faces: Path, size: int):
     with pytest.raises(UserError, match="8 to 2048"):
         make(faces, size=size)
 
@@ -356,7 +367,7 @@ def test_an_empty_folder_may_be_filled(faces: Path, tmp_path: Path):
     assert is_prepared(make(faces, out=tmp_path / "set"))
 
 
-def test_what_is_there_is_never_replaced(faces: Path, prepared: Path, tmp_path: Path):
+def test_nothing_that_exists_is_replaced(faces: Path, prepared: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("mine")
@@ -365,7 +376,7 @@ def test_what_is_there_is_never_replaced(faces: Path, prepared: Path, tmp_path: 
     for name, message in {
         "file": "file is a file",
         "folder": "neither empty nor a prepared set",
-        "set": "holds another prepared set: .*album.* at 16x16",
+        "set": "holds another prepared set: .*photos.* at 16x16",
         "file/set": "cannot write .*/file: File exists",
         "a" * 300: "cannot write .*: File name too long",
     }.items():
@@ -374,14 +385,16 @@ def test_what_is_there_is_never_replaced(faces: Path, prepared: Path, tmp_path: 
     assert everything(tmp_path) == before
 
 
-def test_it_may_not_lie_among_its_images(faces: Path):
+def test_a_set_among_its_images_is_refused(faces: Path):
     with pytest.raises(UserError, match="lies among the images"):
         make(faces, out=faces / "set")
     assert not (faces / "set").exists()
 
 
-def test_too_little_room_is_known_before_the_work(faces: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(gather, "_examine", None)  # whoever decodes, fails
+def test_too_little_disk_space_is_an_error_before_the_work(
+    faces: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(gather, "examine", None)  # whoever decodes, fails
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     with pytest.raises(UserError, match="not enough room"):
         make(faces, out=tmp_path / "set")
@@ -404,7 +417,7 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(faces: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_listener_who_leaves_is_no_trouble_of_the_disk(faces: Path, tmp_path: Path):
+def test_a_broken_pipe_is_not_reported_as_a_disk_error(faces: Path, tmp_path: Path):
     def closed(_: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -421,9 +434,10 @@ def test_a_listener_who_leaves_is_no_trouble_of_the_disk(faces: Path, tmp_path: 
 DIE = """
 import importlib, itertools, os, signal, sys
 from pathlib import Path
-from vaejax.data import gather, prepare, records, whole
+from vaejax import files
+from vaejax.data import gather, prepare, records
 module, name, calls = sys.argv[3:]
-owner = gather.Pixels if module == "pixels" else {"records": records, "whole": whole}[module]
+owner = gather.Pixels if module == "pixels" else {"records": records, "files": files}[module]
 real, count = getattr(owner, name), itertools.count(1)
 def deadly(*args, **settings):
     if next(count) == int(calls):
@@ -435,9 +449,10 @@ prepare.prepare(Path(sys.argv[1]), size=16, out=Path(sys.argv[2]))
 
 
 @pytest.mark.parametrize(
-    "when", [("pixels", "append", "30"), ("records", "describe", "1"), ("whole", "_rename", "1")]
+    "when",
+    [("pixels", "append", "30"), ("records", "write_metadata", "1"), ("files", "_rename", "1")],
 )
-def test_a_kill_leaves_nothing_that_looks_prepared_and_the_next_call_clears_up(
+def test_a_kill_leaves_no_prepared_set_and_the_next_call_clears_up(
     faces: Path, tmp_path: Path, when: tuple[str, ...]
 ):
     out = tmp_path / "set"
@@ -450,8 +465,8 @@ def test_a_kill_leaves_nothing_that_looks_prepared_and_the_next_call_clears_up(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_a_living_process_fills_is_not_cleared_away(faces: Path, tmp_path: Path):
-    with whole.appearing(tmp_path / "other") as partial:
+def test_the_unfinished_folder_of_a_living_process_is_kept(faces: Path, tmp_path: Path):
+    with atomic_folder(tmp_path / "other") as partial:
         (partial / "file").write_text("mine")
         make(faces, out=tmp_path / "set")
     assert (tmp_path / "other" / "file").read_text() == "mine"
@@ -459,17 +474,19 @@ def test_what_a_living_process_fills_is_not_cleared_away(faces: Path, tmp_path: 
 
 def meanwhile(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let something happen just before the next set takes its name."""
-    rename = whole._rename
+    rename = files._rename
 
     def later(*args: Path) -> None:
-        monkeypatch.setattr(whole, "_rename", rename)
+        monkeypatch.setattr(files, "_rename", rename)
         act()
         rename(*args)
 
-    monkeypatch.setattr(whole, "_rename", later)
+    monkeypatch.setattr(files, "_rename", later)
 
 
-def test_of_two_who_prepare_the_same_both_get_it(faces: Path, tmp_path: Path, monkeypatch):
+def test_two_processes_that_prepare_the_same_set_both_get_it(
+    faces: Path, tmp_path: Path, monkeypatch
+):
     out = tmp_path / "set"
     meanwhile(lambda: make(faces, out=out), monkeypatch)
     assert make(faces, out=out) == out
@@ -477,12 +494,12 @@ def test_of_two_who_prepare_the_same_both_get_it(faces: Path, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_came_to_be_there_meanwhile_is_not_replaced(faces: Path, tmp_path: Path, monkeypatch):
+def test_a_set_that_appeared_meanwhile_is_not_replaced(faces: Path, tmp_path: Path, monkeypatch):
     out = tmp_path / "set"
     meanwhile(lambda: make(faces, size=8, out=out), monkeypatch)
     with pytest.raises(UserError, match="holds another prepared set"):
         make(faces, out=out)
-    assert read_report(out)["size"] == 8
+    assert read_dataset_report(out)["size"] == 8
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -492,10 +509,10 @@ def test_what_came_to_be_there_meanwhile_is_not_replaced(faces: Path, tmp_path: 
 @pytest.mark.skipif(not (DATA / "lfw49.zip").exists(), reason="no photographs: VAEJAX_TEST_DATA")
 def test_49_persons_are_told_apart_in_photographs():
     folder = make(DATA / "lfw49.zip", size=32)
-    report = read_report(folder)
+    report = read_dataset_report(folder)
     assert (report["accepted"], report["refused"], report["persons"]) == (832, [], 49)
-    found = records(folder)
-    assert len(found) == 832
-    assert len({(text(record, "person"), record["split"]) for record in found}) == 49
+    examples = records(folder)
+    assert len(examples) == 832
+    assert len({(text(record, "person"), record["split"]) for record in examples}) == 49
     with zipfile.ZipFile(DATA / "lfw49.zip") as archive:
-        assert {text(record, "path") for record in found} == set(archive.namelist())
+        assert {text(record, "path") for record in examples} == set(archive.namelist())

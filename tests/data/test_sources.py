@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from vaejax.data.decode import Refused
-from vaejax.data.sources import listing
+from vaejax.data.sources import open_source
 from vaejax.errors import UserError
 
 
@@ -44,22 +44,22 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def paths(source: Path) -> list[str]:
-    with listing(source) as files:
+    with open_source(source) as files:
         return [entry.path for entry in files.entries if entry.refused is None]
 
 
 def refused(source: Path) -> dict[str, str]:
-    with listing(source) as files:
+    with open_source(source) as files:
         return {entry.path: entry.refused for entry in files.entries if entry.refused}
 
 
 def ignored(source: Path) -> int:
-    with listing(source) as files:
+    with open_source(source) as files:
         return files.ignored
 
 
 def contents(source: Path) -> dict[str, bytes]:
-    with listing(source) as files:
+    with open_source(source) as files:
         return {e.path: files.read(e) for e in files.entries if e.refused is None}
 
 
@@ -73,7 +73,7 @@ def make_zip(path: Path, members: dict[Any, bytes]) -> Path:
 # A folder
 
 
-def test_a_folder_is_listed_with_all_below_it_in_the_order_of_the_paths(tmp_path: Path):
+def test_a_folder_is_listed_recursively_in_the_order_of_the_paths(tmp_path: Path):
     fill(tmp_path, "b/2.png", "a.png", "b/1.png", "b/c/d/0.png", "B.jpg")
     assert paths(tmp_path) == ["B.jpg", "a.png", "b/1.png", "b/2.png", "b/c/d/0.png"]
     assert contents(tmp_path)["b/c/d/0.png"] == b"b/c/d/0.png"
@@ -94,13 +94,13 @@ def test_the_order_is_not_that_of_the_file_system(tmp_path: Path, monkeypatch):
     for i in range(10):
         (tmp_path / f"{i}-link").symlink_to(tmp_path / f"{i % 3}")
         (tmp_path / f"{i % 7}" / f"copy-{i}.png").hardlink_to(tmp_path / "0" / "7.png")
-    with listing(tmp_path) as files:
+    with open_source(tmp_path) as files:
         expected = files.entries
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: Shuffled(list(scandir(path))))
     for seed in range(5):
         random.seed(seed)
-        with listing(tmp_path) as files:
+        with open_source(tmp_path) as files:
             assert files.entries == expected
 
 
@@ -114,7 +114,7 @@ def test_junk_is_ignored_and_counted(tmp_path: Path):
     assert ignored(tmp_path) == len(junk) + 2
 
 
-def test_what_is_no_file_is_refused_by_its_reason(tmp_path: Path):
+def test_pipes_devices_and_broken_links_are_refused_with_their_reasons(tmp_path: Path):
     fill(tmp_path, "1.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
@@ -129,9 +129,9 @@ def test_what_is_no_file_is_refused_by_its_reason(tmp_path: Path):
     }
 
 
-def test_what_became_a_pipe_after_the_listing_is_not_waited_for(tmp_path: Path):
+def test_a_file_that_became_a_pipe_does_not_block(tmp_path: Path):
     fill(tmp_path, "1.png", "2.png")
-    with listing(tmp_path) as files:
+    with open_source(tmp_path) as files:
         (tmp_path / "1.png").unlink()
         os.mkfifo(tmp_path / "1.png")
         (tmp_path / "2.png").unlink()
@@ -156,12 +156,12 @@ def anybody() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_what_may_not_be_read_is_refused(anybody: Path):
+def test_files_without_permission_are_refused(anybody: Path):
     fill(anybody, "1.png", "closed/2.png", "3.png")
     (anybody / "closed").chmod(0)
     (anybody / "3.png").chmod(0)
     assert refused(anybody) == {"closed": "unreadable"}
-    with listing(anybody) as files:
+    with open_source(anybody) as files:
         assert [e.path for e in files.entries if e.refused is None] == ["1.png", "3.png"]
         with pytest.raises(Refused, match="unreadable"):
             files.read(files.entries[1])
@@ -241,7 +241,7 @@ def test_a_zip_is_read_in_place(tmp_path: Path):
 def test_a_zip_is_read_by_many_threads(tmp_path: Path):
     members = {f"{i:03}.png": random.Random(i).randbytes(20_000) for i in range(200)}
     with (
-        listing(make_zip(tmp_path / "faces.zip", members)) as files,
+        open_source(make_zip(tmp_path / "faces.zip", members)) as files,
         ThreadPoolExecutor(16) as pool,
     ):
         assert list(pool.map(files.read, files.entries)) == list(members.values())
@@ -286,13 +286,16 @@ def test_a_bomb_is_refused_by_its_ratio_and_a_white_picture_is_none(tmp_path: Pa
     assert contents(source) == {"white.bmp": bytes(1 << 20)}
 
 
-def test_a_member_that_lies_about_its_size_gives_no_more_than_it_said(tmp_path: Path):
+def test_a_member_larger_than_declared_is_damaged(tmp_path: Path):
     data = bytearray(make_zip(tmp_path / "a.zip", {"1.png": bytes(1 << 20)}).read_bytes())
-    for header, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
-        start = data.index(header) + place
+    for header, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = data.index(header) + offset
         data[start : start + 4] = (1000).to_bytes(4, "little")
     (tmp_path / "a.zip").write_bytes(data)
-    with listing(tmp_path / "a.zip") as files, pytest.raises(Refused, match="damaged in the zip"):
+    with (
+        open_source(tmp_path / "a.zip") as files,
+        pytest.raises(Refused, match="damaged in the zip"),
+    ):
         files.read(files.entries[0])
 
 
@@ -300,9 +303,9 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from vaejax.data.decode import Refused
-from vaejax.data.sources import listing
+from vaejax.data.sources import open_source
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with listing(Path(sys.argv[1])) as files:
+with open_source(Path(sys.argv[1])) as files:
     entry = files.entries[0]
     try:
         print(len(files.entries), files.read(entry))
@@ -329,8 +332,8 @@ def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path: Path, compres
     struct.pack_into("<I", data, 22, 1000)  # in the member's own header, and in the directory
     struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, 1000)
     source.write_bytes(data)
-    found, megabytes = measured(source)
-    assert found == "1 damaged in the zip"
+    output, megabytes = measured(source)
+    assert output == "1 damaged in the zip"
     assert megabytes < 20
 
 
@@ -347,10 +350,10 @@ def zip_of(path: Path, count: int) -> Path:
     return path
 
 
-def test_a_hundred_thousand_members_take_what_a_listing_takes(tmp_path: Path):
+def test_a_hundred_thousand_members_take_bounded_memory(tmp_path: Path):
     """A million take ten times as much: 700 MB, most of them zipfile's, and ten seconds."""
-    found, megabytes = measured(zip_of(tmp_path / "a.zip", 100_000))
-    assert found == "100000 b'none'"
+    output, megabytes = measured(zip_of(tmp_path / "a.zip", 100_000))
+    assert output == "100000 b'none'"
     assert megabytes < 150
 
 
@@ -363,7 +366,7 @@ def test_a_directory_that_would_fill_the_memory_is_not_read(tmp_path: Path):
         paths(tmp_path / "a.zip")
 
 
-def test_members_that_lie_over_one_another_are_a_bomb_together(tmp_path: Path):
+def test_overlapping_members_are_a_bomb_together(tmp_path: Path):
     data = bytearray(make_zip(tmp_path / "a.zip", {"1.png": bytes(16 << 20)}).read_bytes())
     start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
     assert refused(tmp_path / "a.zip") == {}
@@ -384,7 +387,7 @@ def raw_zip(path: Path, names: list[bytes]) -> Path:
     return path
 
 
-def test_names_in_a_zip_are_utf_8_if_they_can_be_and_msdos_if_not(tmp_path: Path):
+def test_names_in_a_zip_are_utf_8_where_valid_and_else_msdos(tmp_path: Path):
     names = {
         "Zoë/😀.png".encode(): "Zoë/😀.png",  # as a Mac packs
         b"Zo\x89/1.png": "Zoë/1.png",  # as Windows does
@@ -399,7 +402,7 @@ def test_names_in_a_zip_are_utf_8_if_they_can_be_and_msdos_if_not(tmp_path: Path
 def test_a_zip_that_is_cut_after_the_listing_is_damaged(tmp_path: Path):
     noise = random.Random(0).randbytes(200_000)
     source = make_zip(tmp_path / "a.zip", {"1.png": noise, "2.png": noise})
-    with listing(source) as files:
+    with open_source(source) as files:
         os.truncate(source, 300_000)
         assert files.read(files.entries[0]) == noise
         with pytest.raises(Refused, match="damaged in the zip"):
@@ -418,29 +421,29 @@ def test_a_damaged_member_is_refused_and_the_others_are_read(tmp_path: Path):
         archive.writestr("1.png", b"the first one")
         archive.writestr("2.png", b"the second one")
     source.write_bytes(source.read_bytes().replace(b"first", b"worst"))
-    with listing(source) as files:
+    with open_source(source) as files:
         with pytest.raises(Refused, match="damaged in the zip"):
             files.read(files.entries[0])
         assert files.read(files.entries[1]) == b"the second one"
 
 
-def test_no_damage_to_a_zip_does_worse_than_an_error_for_people(tmp_path: Path):
+def test_a_damaged_zip_raises_only_errors_for_people(tmp_path: Path):
     source = make_zip(tmp_path / "a.zip", {f"{i}.png": bytes(100 * i) for i in range(4)})
-    whole, chance = source.read_bytes(), random.Random(0)
+    original, chance = source.read_bytes(), random.Random(0)
     for _ in range(300):
-        data = bytearray(whole[: chance.randint(len(whole) // 2, 2 * len(whole))])
+        data = bytearray(original[: chance.randint(len(original) // 2, 2 * len(original))])
         for _ in range(chance.randint(1, 4)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         source.write_bytes(data)
         try:
-            with listing(source) as files:
+            with open_source(source) as files:
                 for entry in files.entries:
                     assert len(files.read(entry)) <= entry.size
         except (UserError, Refused):
             pass
 
 
-def test_what_is_neither_a_folder_nor_a_zip_is_an_error(tmp_path: Path):
+def test_a_source_that_is_neither_folder_nor_zip_is_an_error(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.zip")
     (tmp_path / "text.zip").write_text("not a zip")
     (tmp_path / "empty.zip").touch()

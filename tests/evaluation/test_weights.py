@@ -1,6 +1,6 @@
-"""Files of weights are data: they are read as their own programs read them, and never executed.
+"""Files of weights are read as their own programs read them, and nothing in them is executed.
 
-`tensors_*.pth` are what torch 2.13 saved of a convolution and a batch norm, and of two views.
+torch 2.13 wrote `tensors_*.pth`: the weights of a convolution and a batch norm, and two views.
 """
 
 import io
@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from vaejax.errors import UserError
-from vaejax.evaluation import pickles
-from vaejax.evaluation.weights import read_numpy, read_torch, take
+from vaejax.evaluation.weights import parse_pickle, read_numpy, read_torch, take
 
 HERE = Path(__file__).parent
 TENSORS = [HERE / "tensors_zipped.pth", HERE / "tensors_in_sequence.pth"]
@@ -56,7 +55,7 @@ def test_tensors_are_what_was_saved(path: Path):
     [
         ("2.weight", (3,), "it has no 2.weight"),
         ("1.num_batches_tracked", (), "no 1.num_batches_tracked, of float32"),
-        ("0.bias", (4,), r"0.bias has shape \(3,\) in the place of \(4,\)"),
+        ("0.bias", (4,), r"0.bias has shape \(3,\) instead of \(4,\)"),
     ],
 )
 def test_a_tensor_that_is_missing_or_misshapen_is_named(name, shape, what):
@@ -84,11 +83,11 @@ def test_a_file_that_asks_for_a_command_is_refused_and_runs_nothing(tmp_path, re
     with pytest.raises(UserError, match=f"{path.name} is no file of weights.*'system of posix'"):
         read(path)
     assert not made.exists()
-    pickle.loads(pickle.dumps(Command(made)))  # the same, as those would who trust it
+    pickle.loads(pickle.dumps(Command(made)))  # the same, as a program does that trusts it
     assert made.exists()
 
 
-def test_no_beginning_of_a_file_passes_for_the_whole(tmp_path: Path):
+def test_a_truncated_file_is_refused(tmp_path: Path):
     a = np.ones((2, 3), np.float32)
     sources = [(read_numpy, pickled(tmp_path / "a", {"a": a, "b": a})), (read_torch, TENSORS[1])]
     for read, source in sources:
@@ -118,27 +117,27 @@ GIANT = b"\0\0\0\0\x40"  # 2**38 of them
         (b"\x80\x03B\xff\xff\xff\xffabc.", "expected 4294967295 bytes"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b"abc.", "bytes in a bytes8"),
         (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"abc.", "bytes in a unicodestring8"),
-        (b"\x80\x03r\xff\xff\xff\xff.", "index"),  # a place in memory, of nothing
+        (b"\x80\x03r\xff\xff\xff\xff.", "index"),  # an empty entry of the memo
         (b"\x80\x03)" + 100_000 * b"\x85" + b".", "no dictionary"),  # a tuple in a tuple in ...
         (b"\x80\x03)" + 300_000 * b"\x85" + b".", "more than 200,000 instructions"),
         (b"\x80\x03}" + 100 * b"(" + b".", "too many values"),
-        (b"\x80\x03}N}s.", "a NoneType in the place of a str"),
+        (b"\x80\x03}N}s.", "a NoneType instead of a str"),
         (b"\x80\x03}(](e" + b"]s.", ""),
         (b"\x80\x03I" + 5000 * b"9" + b"\n.", ""),
         (b"\x80\x03c__builtin__\neval\n(X\x01\x00\x00\x001tR.", "'eval of __builtin__'"),
         (b"\x80\x03c__builtin__\nstr\n)\x81.", "do not need, NEWOBJ"),
-        (b"\x80\x03cos\nenviron\n}b.", "fills a Name"),
+        (b"\x80\x03cos\nenviron\n}b.", "state of a Name"),
         (
             b"\x80\x03" + ARRAY + b"(K\x01\x8a\x05" + GIANT + b"\x85" + DTYPE + b"\x89C\x04abcdtb.",
             "cannot reshape",
         ),
         (
             b"\x80\x03" + ARRAY + b"(K\x01\x8a\x01\xff\x85" + DTYPE + b"\x89C\x04abcdtb.",
-            "a shape that is none",  # -1
+            "an impossible shape",  # -1
         ),
     ],
 )  # fmt: skip
-def test_what_is_damaged_or_hostile_is_refused_in_one_line(tmp_path, program: bytes, what: str):
+def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, program: bytes, what: str):
     path = tmp_path / "weights"
     path.write_bytes(program)
     with pytest.raises(UserError, match=f"weights is no file of weights.*{what}") as refusal:
@@ -148,7 +147,7 @@ def test_what_is_damaged_or_hostile_is_refused_in_one_line(tmp_path, program: by
         read_torch(path)
 
 
-def test_a_dictionary_inside_itself_is_no_weight(tmp_path: Path):
+def test_a_dictionary_inside_itself_is_refused(tmp_path: Path):
     itself: dict[str, object] = {}
     itself["a"] = itself
     weights = read_numpy(pickled(tmp_path / "a", itself))
@@ -170,7 +169,7 @@ def rewritten(path: Path, change) -> Path:
         ("data.pkl", b"K$tq", b"J\xff\xff\xff\x7ftq", "36 values of 2,147,483,647"),
         ("data/0", b"", b"\0\0\0\0", "37 values of 36"),
         ("byteorder", b"little", b"big", "little-endian"),
-        ("data.pkl", b"FloatStorage", b"HalfStorage", "tensors of a kind"),
+        ("data.pkl", b"FloatStorage", b"HalfStorage", "tensors of a type"),
         ("data.pkl", b"_rebuild_tensor_v2", b"_rebuild_other", "'_rebuild_other of torch._utils'"),
     ],
 )
@@ -217,10 +216,10 @@ def test_no_small_zip_grows_large(tmp_path: Path):
         read_torch(tmp_path / "a.pth")
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path):
+def test_missing_special_and_too_large_files_are_not_read(tmp_path: Path):
     with pytest.raises(UserError, match="nothing: No such file"):
         read_torch(tmp_path / "nothing")
-    with pytest.raises(UserError, match="/dev/null is no file of weights: it is no file, or"):
+    with pytest.raises(UserError, match="/dev/null is no file of weights: it is no regular"):
         read_torch(Path("/dev/null"))
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**31)  # a hole, which takes no disk
@@ -230,4 +229,4 @@ def test_what_is_no_file_is_not_read(tmp_path: Path):
 
 def test_the_pickle_ends_where_the_next_begins():
     file = io.BytesIO(pickle.dumps(1, 2) + pickle.dumps({"a": ()}, 2) + b"rest")
-    assert (pickles.run(file), pickles.run(file), file.read()) == (1, {"a": ()}, b"rest")
+    assert (parse_pickle(file), parse_pickle(file), file.read()) == (1, {"a": ()}, b"rest")

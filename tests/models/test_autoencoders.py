@@ -1,4 +1,4 @@
-"""The deterministic autoencoders are the recipe's, layer by layer, and they learn."""
+"""The deterministic autoencoders are the notebook's, layer by layer, and can be trained."""
 
 from functools import cache, partial
 
@@ -10,14 +10,13 @@ import optax
 import pytest
 
 from vaejax.errors import UserError
+from vaejax.losses import reconstruction
 from vaejax.models import autoencoder, layers, summary
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.models.convolutional import Convolutional
 from vaejax.models.denoising import Denoising
 from vaejax.models.feed_forward import FeedForward
-from vaejax.objectives import reconstruction
-from vaejax.training.state import init
-from vaejax.training.step import eval_step, train_step
+from vaejax.training.step import Trainer, eval_step, image_keys, init, train_step
 
 SMALL = [
     FeedForward(size=8, latent_dim=16),
@@ -60,6 +59,10 @@ Conv 3, stride 1 | 64 64 3 | 435
 """
 
 
+def rows(model: Autoencoder, branch: str) -> list[summary.Row]:
+    return [row for row in summary.rows(model) if row.branch == branch]
+
+
 @pytest.mark.parametrize(
     ("model", "table", "total"),
     [
@@ -69,10 +72,10 @@ Conv 3, stride 1 | 64 64 3 | 435
     ],
     ids=KINDS,
 )
-def test_every_layer_is_the_recipes(model: Autoencoder, table: str, total: int):
-    rows = [row for branch in autoencoder.branches(model).values() for row in summary.rows(*branch)]
+def test_every_layer_is_the_notebooks(model: Autoencoder, table: str, total: int):
     words = [
-        (r.layer, " ".join(map(str, r.output)), " ".join(map(str, r.parameters))) for r in rows
+        (r.layer, " ".join(map(str, r.output)), " ".join(map(str, r.parameters)))
+        for r in summary.rows(model)
     ]
     assert [" | ".join(line).strip() for line in words] == table.strip().splitlines()
     shapes = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
@@ -81,10 +84,10 @@ def test_every_layer_is_the_recipes(model: Autoencoder, table: str, total: int):
 
 
 def test_a_width_multiplies_the_channels_of_every_layer_but_the_last():
-    rows = summary.rows(*autoencoder.branches(Convolutional(width=24))["decoder"])
-    channels = [row.output[-1] for row in rows if row.layer.startswith("Conv")]
+    model = Convolutional(width=24)
+    channels = [row.output[-1] for row in rows(model, "decoder") if row.layer.startswith("Conv")]
     assert channels == [24, 24, 48, 3]
-    assert Convolutional(width=24).code == (8, 8, 24)
+    assert autoencoder.latent_spec(model).shape == (8, 8, 24)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +105,8 @@ def test_a_size_that_the_layers_do_not_admit_is_refused_with_the_nearest(kind, s
 )
 def test_an_admitted_size_comes_back_as_it_went_in(kind: type[Autoencoder], size: int):
     model = kind(size=size)
-    code, image = (summary.rows(*branch)[-1].output for branch in branches(model))
-    assert code == model.code
-    assert np.prod(image) == size * size * 3
-
-
-def branches(model: Autoencoder):
-    return autoencoder.branches(model).values()
+    assert rows(model, "encoder")[-1].output == autoencoder.latent_spec(model).shape
+    assert np.prod(rows(model, "decoder")[-1].output) == size * size * 3
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +115,18 @@ def noise() -> np.ndarray:
 
 
 def test_a_pool_takes_the_largest_of_each_square(noise: np.ndarray):
-    found = jax.jit(layers.MaxPool().apply)({}, jnp.asarray(noise))
+    pooled = jax.jit(layers.MaxPool().apply)({}, jnp.asarray(noise))
     for y, x in np.ndindex(3, 4):
         square = noise[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-        assert np.array_equal(found[:, y, x], square.max(axis=(1, 2)))
+        assert np.array_equal(pooled[:, y, x], square.max(axis=(1, 2)))
 
 
 def test_upsampling_repeats_every_pixel(noise: np.ndarray):
-    found = layers.Upsample().apply({}, jnp.asarray(noise))
-    assert np.array_equal(found, noise.repeat(2, axis=1).repeat(2, axis=2))
+    upsampled = layers.Upsample().apply({}, jnp.asarray(noise))
+    assert np.array_equal(upsampled, noise.repeat(2, axis=1).repeat(2, axis=2))
 
 
-# The three once more, in Flax's own layers ------------------------------------------------------
+# The same three in Flax's own layers ----------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -176,15 +174,17 @@ PLAIN = [
 
 
 def weights(model: Autoencoder):
-    """Away from zero, so that no bias or statistic can be forgotten unseen; and every second scale
-    of a norm below it, so that a norm does not change places with a pool unseen."""
-    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
+    """Away from their initial values, so that no bias and no moving mean can be forgotten. Every
+    second scale of a norm is negative, so that it does not commute with a pool."""
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: a + random.normal(0, 0.1, a.shape).astype("f"), params)
-    signs = lambda path, a: a * (-1.0) ** np.arange(a.size) if path[-1].key == "scale" else a  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(signs, params)
-    statistics = jax.tree.map(lambda a: a + random.uniform(0, 1, a.shape).astype("f"), statistics)
-    return params, statistics
+
+    def move(path, leaf):
+        moved = leaf + random.normal(0, 0.1, leaf.shape).astype("f")
+        return moved * (-1.0) ** np.arange(leaf.size) if path[-1].key == "scale" else moved
+
+    params, batch_stats = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
+    batch_stats = jax.tree.map(lambda a: a + random.uniform(0, 1, a.shape).astype("f"), batch_stats)
+    return jax.tree_util.tree_map_with_path(move, params), batch_stats
 
 
 def flat(tree: dict) -> dict:
@@ -194,46 +194,46 @@ def flat(tree: dict) -> dict:
 
 
 @pytest.mark.parametrize(("model", "plain"), [*zip(SMALL, PLAIN, strict=True)], ids=KINDS)
-def test_encoder_and_decoder_agree_with_the_recipe_in_plain_flax(model: Autoencoder, plain):
-    params, statistics = weights(model)
+def test_encoder_and_decoder_agree_with_the_same_layers_in_plain_flax(model: Autoencoder, plain):
+    params, batch_stats = weights(model)
     variables = {
-        branch: {"params": flat(params[branch]), "batch_stats": flat(statistics[branch])}
+        branch: {"params": flat(params[branch]), "batch_stats": flat(batch_stats.get(branch, {}))}
         for branch in ("encoder", "decoder")
     }
     x = jax.random.uniform(jax.random.key(1), (3, model.size, model.size, 3))
     inputs = x.reshape(3, -1) if isinstance(model, FeedForward) else x
-    code = jax.jit(plain[0].apply)(variables["encoder"], inputs)
-    ours, _ = jax.jit(partial(autoencoder.encode, model))(params, statistics, x)
-    np.testing.assert_allclose(ours, code, rtol=1e-4, atol=1e-5)
-    assert 0.1 < np.mean(np.asarray(code) > 0) < 0.99  # not all dead, nor all alive
+    z = jax.jit(plain[0].apply)(variables["encoder"], inputs)
+    ours = jax.jit(partial(autoencoder.encode, model))(params, batch_stats, x)
+    np.testing.assert_allclose(ours, z, rtol=1e-4, atol=1e-5)
+    assert 0.1 < np.mean(np.asarray(z) > 0) < 0.99  # some units are dead, and some are not
 
-    output = jax.jit(plain[1].apply)(variables["decoder"], code)
-    ours, _ = jax.jit(partial(autoencoder.decode, model))(params, statistics, code)
+    output = jax.jit(plain[1].apply)(variables["decoder"], z)
+    ours = jax.jit(partial(autoencoder.decode, model))(params, batch_stats, z)
     np.testing.assert_allclose(ours, output.reshape(x.shape), rtol=1e-4, atol=1e-5)
 
 
-# Learning ---------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------
 
 
 @cache  # compiled once for all tests
 def training(model: Autoencoder):
-    """An untrained state, the update, and the look."""
+    """An untrained state, the update and the evaluation."""
     error = "bce" if isinstance(model, Denoising) else "mse"
-    loss, optimizer = partial(reconstruction, model=model, error=error), optax.adam(1e-2)
-    state = jax.jit(partial(init, model=model, optimizer=optimizer))(jax.random.key(0))
-    step = jax.jit(partial(train_step, loss=loss, optimizer=optimizer))
-    return state, step, jax.jit(partial(eval_step, loss=loss))
+    trainer = Trainer(model, partial(reconstruction, error=error), optax.adam(1e-2))
+    state = jax.jit(partial(init, trainer=trainer))(jax.random.key(0))
+    step = jax.jit(partial(train_step, trainer=trainer))
+    return state, step, jax.jit(partial(eval_step, trainer=trainer))
 
 
 @pytest.mark.parametrize("model", SMALL, ids=KINDS)
-def test_a_hundred_updates_on_one_batch_learn_it(model: Autoencoder, draw):
+def test_a_hundred_updates_on_one_batch_lower_its_error(model: Autoencoder, draw):
     state, step, _ = training(model)
     images, key = jnp.asarray(draw(8, model.size)), jax.random.key(1)
-    state, first = step(state, images, key)
+    state, first = step(state, None, images, key)
     for _ in range(99):
-        state, figures = step(state, images, key)
-    assert figures["loss"] < first["loss"]
-    assert figures["mse"] < first["mse"] / 4
+        state, metrics = step(state, None, images, key)
+    assert metrics["loss"] < first["loss"]
+    assert metrics["mse"] < first["mse"] / 4
 
 
 # Noise ------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def corrupted(x: jax.Array, keys: jax.Array, noise: float = 0.1) -> jax.Array:
     return Denoising(size=32, noise=noise).corrupt(x, keys)
 
 
-def test_noise_has_the_said_strength_and_stays_within_a_pictures_range():
+def test_noise_has_its_standard_deviation_and_stays_within_the_range_of_a_picture():
     grey = jnp.full((4, 32, 32, 3), 0.5)
     keys = jax.random.split(jax.random.key(0), 4)
     added = corrupted(grey, keys) - grey  # five standard deviations from either end
@@ -265,10 +265,32 @@ def test_the_noise_of_an_image_depends_on_its_own_key_alone():
     assert jnp.mean(three[..., 0] == three[..., 1]) < 0.01  # nor is it the same for every channel
 
 
-def test_every_step_has_noise_of_its_own_and_every_look_the_same(draw):
-    state, step, look = training(SMALL[2])
+def test_every_update_has_its_own_noise_and_every_evaluation_has_the_same(draw):
+    state, step, evaluate = training(SMALL[2])
     images, key = jnp.asarray(draw(8, 8)), jax.random.key(1)
     later = state._replace(step=state.step + 1)
-    assert step(state, images, key)[1]["mse"] == step(state, images, key)[1]["mse"]
-    assert step(state, images, key)[1]["mse"] != step(later, images, key)[1]["mse"]
-    assert look(state, images, key)["mse"] == look(later, images, key)["mse"]
+
+    def trained_mse(state):
+        return step(state, None, images, key)[1]["mse"]
+
+    assert trained_mse(state) == trained_mse(state)
+    assert trained_mse(state) != trained_mse(later)
+
+    def evaluated_mse(keys):
+        return evaluate(state.params, state.batch_stats, None, images, keys)["mse"]
+
+    keys = image_keys(key, jnp.arange(8))
+    assert evaluated_mse(keys) == evaluated_mse(keys)
+    assert evaluated_mse(keys) != evaluated_mse(image_keys(key, jnp.arange(8, 16)))
+
+
+def test_they_have_no_posterior():
+    for model in SMALL:
+        assert not autoencoder.is_variational(model)
+        params, batch_stats = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+        x = jax.ShapeDtypeStruct((2, model.size, model.size, 3), jnp.float32)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+        forward = partial(autoencoder.forward, model, train=False)
+        out = jax.eval_shape(forward, params, batch_stats, x, keys)
+        assert out.rate is None
+        assert out.z.shape == (2, *autoencoder.latent_spec(model).shape)

@@ -1,4 +1,4 @@
-"""Every form is the same convolution with the same gradients, and the fast one is chosen."""
+"""All forms compute the same convolution and gradients, and the fast one is chosen."""
 
 import os
 import subprocess
@@ -19,29 +19,28 @@ from vaejax.models.convolution import (
     compiler_options,
     convolve,
     convolve_transposed,
-    form,
     patches,
     phases,
     plain,
+    xla_form,
 )
 
 STRIDES = [1, 2, 4]
 
-# (size of the image, size of the kernel): divisible by the stride; not so; an image smaller than
-# its kernel; a kernel smaller than the stride
+# (size of the image, size of the kernel): divisible by the stride; not divisible; an image smaller
+# than its kernel; a kernel smaller than the stride
 CASES = [((8, 12), (5, 5)), ((7, 5), (4, 5)), ((2, 3), (6, 5)), ((5, 8), (1, 3))]
-EXACT = {"float32": 1e-5, "float64": 1e-12}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
-# (height and width, channels, features, stride) of the report's convolutions, the encoder's and,
-# as what they transpose, the decoder's: at 64 pixels both have the same ones; the last is 256's
+# (height and width, channels, features, stride) of the convolutions of the report's encoder at 64
+# pixels, which are also those that its decoder transposes; the last is the first layer at 256
 REPORT = [(64, 3, 32, 1), (64, 32, 64, 2), (32, 64, 128, 2), (16, 128, 256, 2), (8, 256, 512, 2)]
 REPORT_LAST = (256, 3, 64, 4)
 
 
 @pytest.fixture
-def every_form_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little work there is."""
-    monkeypatch.setattr(convolution, "TINY", 0)
+def small_work_uses_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
 
 
 @pytest.fixture
@@ -79,44 +78,44 @@ def xla_transposed(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.linear_transpose(lambda image: xla(image, kernel, stride), image)(x)[0]
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize(("size", "taps"), CASES)
 def test_convolve_and_its_gradients_are_those_of_xla(
     size: tuple[int, int], taps: tuple[int, int], stride: int
 ) -> None:
-    for dtype in EXACT if size == (8, 12) else ["float64"]:
+    for dtype in TOLERANCE if size == (8, 12) else ["float64"]:
         x, kernel = normal(2, *size, 3, dtype=dtype), normal(*taps, 3, 4, seed=1, dtype=dtype)
         ours = values_and_gradients(partial(convolve, stride=stride), x, kernel)
         theirs = values_and_gradients(partial(xla, stride=stride), x, kernel)
-        assert max(map(difference, ours, theirs)) < EXACT[dtype]
+        assert max(map(difference, ours, theirs)) < TOLERANCE[dtype]
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize(("size", "taps"), CASES)
 def test_convolve_transposed_and_its_gradients_are_those_of_xla(
     size: tuple[int, int], taps: tuple[int, int], stride: int
 ) -> None:
-    for dtype in EXACT if size == (8, 12) else ["float64"]:
+    for dtype in TOLERANCE if size == (8, 12) else ["float64"]:
         x, kernel = normal(2, *size, 4, dtype=dtype), normal(*taps, 3, 4, seed=1, dtype=dtype)
         ours = values_and_gradients(partial(convolve_transposed, stride=stride), x, kernel)
         theirs = values_and_gradients(partial(xla_transposed, stride=stride), x, kernel)
-        assert max(map(difference, ours, theirs)) < EXACT[dtype]
+        assert max(map(difference, ours, theirs)) < TOLERANCE[dtype]
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("paddings", [[(0, 0), (0, 0)], [(2, 2), (3, 0)], [(5, 1), (-1, 4)]])
-def test_phases_and_patches_are_the_plain_form_whatever_the_padding(paddings: list) -> None:
+def test_phases_and_patches_equal_the_plain_form_with_any_padding(paddings: list) -> None:
     image, kernel = normal(2, 6, 7, 3), normal(5, 4, 3, 4, seed=1)
     for n in (1, 2, 3):
-        for other, how in ((phases, "dilation"), (patches, "stride")):
-            ours = jax.jit(partial(other, paddings=paddings, **{how: n}))(image, kernel)
-            theirs = plain(image, kernel, paddings, **{how: n})
-            assert difference(ours, theirs) < 1e-12, (how, n)
+        for form, option in ((phases, "dilation"), (patches, "stride")):
+            actual = jax.jit(partial(form, paddings=paddings, **{option: n}))(image, kernel)
+            expected = plain(image, kernel, paddings, **{option: n})
+            assert difference(actual, expected) < 1e-12, (option, n)
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("stride", STRIDES)
 def test_the_transposed_convolution_is_the_adjoint(stride: int) -> None:
     """<convolve(x, w), g> = <x, convolve_transposed(g, w)>"""
@@ -128,7 +127,7 @@ def test_the_transposed_convolution_is_the_adjoint(stride: int) -> None:
 
 
 def naive_taps(size: int, taps: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """All (output, tap, input) that meet, by TensorFlow's words on "SAME"."""
+    """Yield every (output, tap, input) of a sum, by TensorFlow's definition of "SAME"."""
     outputs = -(-size // stride)
     overhang = max(taps - (stride if size % stride == 0 else size % stride), 0)
     for i, p in product(range(outputs), range(taps)):
@@ -137,7 +136,7 @@ def naive_taps(size: int, taps: int, stride: int) -> Iterator[tuple[int, int, in
             yield i, p, n
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("size", [(8, 4), (7, 5)])
 def test_convolve_is_the_naive_sum(size: tuple[int, int], stride: int) -> None:
@@ -149,7 +148,7 @@ def test_convolve_is_the_naive_sum(size: tuple[int, int], stride: int) -> None:
     np.testing.assert_allclose(convolve(x, kernel, stride=stride), y, rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("size", [(4, 2), (3, 5)])
 def test_convolve_transposed_is_the_naive_sum(size: tuple[int, int], stride: int) -> None:
@@ -159,11 +158,11 @@ def test_convolve_transposed_is_the_naive_sum(size: tuple[int, int], stride: int
     for i, p, n in naive_taps(h, 5, stride):
         for j, q, m in naive_taps(w, 4, stride):
             y[:, n, m] += np.asarray(x)[:, i, j] @ np.asarray(kernel)[p, q].T
-    got = convolve_transposed(x, kernel, stride=stride)
-    np.testing.assert_allclose(got, y, rtol=0, atol=1e-12)
+    actual = convolve_transposed(x, kernel, stride=stride)
+    np.testing.assert_allclose(actual, y, rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("x64", "every_form_is_used")
+@pytest.mark.usefixtures("x64", "small_work_uses_every_form")
 @pytest.mark.parametrize("layer", [convolve, convolve_transposed])
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("side", [8, 3])
@@ -181,12 +180,12 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once(stride: int) -> None:
     layer = jax.jit(partial(convolve, stride=stride))
     assert layer(x, kernel).dtype == jnp.bfloat16
     rounded = layer(*floats).astype("bfloat16").astype("float32")
-    # 8 bits of mantissa: one more rounding, in the last of them
+    # bfloat16 has 8 bits of mantissa: the last one may be rounded differently
     np.testing.assert_allclose(layer(x, kernel).astype("float32"), rounded, rtol=2**-7, atol=1e-2)
 
 
 def layer_gradients(size: int, channels: int, features: int, stride: int, batch: int) -> str:
-    """The program of a convolution, of its transpose and of all their gradients."""
+    """Return the program of a convolution, its transpose and all their gradients."""
     x = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
     kernel = jax.ShapeDtypeStruct((5, 5, channels, features), jnp.float32)
 
@@ -199,7 +198,7 @@ def layer_gradients(size: int, channels: int, features: int, stride: int, batch:
 
 @pytest.mark.parametrize("layer", [*REPORT, REPORT_LAST])
 @pytest.mark.parametrize("batch", [8, 128])
-def test_no_layer_of_the_report_falls_into_naive_loops(
+def test_no_layer_of_the_report_has_a_dilated_image_which_xla_computes_in_naive_loops(
     layer: tuple[int, int, int, int], batch: int
 ) -> None:
     assert jax.default_backend() == "cpu"
@@ -210,34 +209,34 @@ def test_no_layer_of_the_report_falls_into_naive_loops(
 
 
 def test_an_image_smaller_than_its_kernel_is_a_matrix_product() -> None:
-    """The deepest layers for images of 16 and 32 pixels."""
+    """As in the deepest layers for faces of 16 and 32 pixels."""
     for side in (2, 4):
-        assert form((64, side, side, 256), (5, 5, 256, 512), stride=2) == "patches"
-    assert form((64, 8, 8, 256), (5, 5, 256, 512), stride=2) == "plain"
+        assert xla_form((64, side, side, 256), (5, 5, 256, 512), stride=2) == "patches"
+    assert xla_form((64, 8, 8, 256), (5, 5, 256, 512), stride=2) == "plain"
 
 
 def test_tiny_work_is_left_to_xla() -> None:
-    assert form((4, 4, 4, 8), (5, 5, 8, 4), dilation=2) == "plain"
-    assert form((128, 4, 4, 512), (5, 5, 512, 256), dilation=2) == "phases"
+    assert xla_form((4, 4, 4, 8), (5, 5, 8, 4), dilation=2) == "plain"
+    assert xla_form((128, 4, 4, 512), (5, 5, 512, 256), dilation=2) == "phases"
 
 
 def test_another_backend_gets_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for size, channels, features, stride in REPORT:
         g = (128, size // stride, size // stride, features)
-        assert form(g, (5, 5, features, channels), dilation=stride) == "plain"
+        assert xla_form(g, (5, 5, features, channels), dilation=stride) == "plain"
     assert "lhs_dilation=(2, 2)" in layer_gradients(8, 256, 512, 2, batch=128)
     assert compiler_options.__wrapped__() == {}
 
 
-def test_the_compiler_takes_the_options() -> None:
+def test_the_compiler_accepts_the_options() -> None:
     x, kernel = normal(2, 8, 8, 32, dtype="float32"), normal(5, 5, 32, 32, dtype="float32")
     layer = partial(convolve, stride=2)
-    optioned = jax.jit(layer, compiler_options=compiler_options())
-    assert difference(optioned(x, kernel), layer(x, kernel)) < 1e-5
+    with_options = jax.jit(layer, compiler_options=compiler_options())
+    assert difference(with_options(x, kernel), layer(x, kernel)) < 1e-5
 
 
-def test_options_that_the_compiler_does_not_know_are_left_out(
+def test_options_unknown_to_the_compiler_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(convolution, "EIGEN_CONVOLUTIONS", {"xla_cpu_no_such_option": "1"})
@@ -251,25 +250,25 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from vaejax.models import convolution
 from vaejax.models.convolution import convolve, convolve_transposed
 
-convolution.TINY = 0
+convolution.MIN_PRODUCTS = 0
 
 def loss(kernel, x):
     y = convolve(x, kernel, stride=2)
     return jnp.mean(jnp.sin(convolve_transposed(y, kernel, stride=2)))
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 random = np.random.default_rng(0)
 kernel = jnp.asarray(random.normal(size=(5, 5, 3, 8)), jnp.float32)
 x = jnp.asarray(random.normal(size=(8, 6, 6, 3)), jnp.float32)
 one = jax.jit(jax.grad(loss))(kernel, x)
 
-four = jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole)
+four = jax.jit(jax.grad(loss), in_shardings=(replicated, split), out_shardings=replicated)
 four = four.lower(kernel, x).compile()
 for gather in ("all-gather", "all-to-all", "collective-permute"):
     assert gather not in four.as_text(), gather
-got = four(jax.device_put(kernel, whole), jax.device_put(x, split))
-np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-6)
+gradient = four(jax.device_put(kernel, replicated), jax.device_put(x, split))
+np.testing.assert_allclose(gradient, one, rtol=1e-4, atol=1e-6)
 
 def share(kernel, x):
     kernel = jax.lax.pcast(kernel, "data", to="varying")

@@ -1,4 +1,4 @@
-"""The model is the report's, layer by layer."""
+"""The variational autoencoder is the report's, layer by layer."""
 
 from functools import partial
 
@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from vaejax.errors import UserError
-from vaejax.models import autoencoder, summary, vae
+from vaejax.models import autoencoder, summary
+from vaejax.models.vae import VAE
 
-SMALL = vae.VAE(size=16, latent_dim=4, width=1)
+SMALL = VAE(size=16, latent_dim=4, width=1)
+
+init = jax.jit(autoencoder.init, static_argnums=0)
+encode = jax.jit(autoencoder.encode, static_argnums=0)
+decode = jax.jit(autoencoder.decode, static_argnums=0)
 
 # REPORT: layer, output of one image, parameters (+ those of its norm)
 ENCODER_64 = """
@@ -43,14 +48,8 @@ ConvT 3, stride 4 + BN | 256 256 3 | 4803 12
 """
 
 
-def encoder_rows(model: vae.VAE) -> list[summary.Row]:
-    image = jax.ShapeDtypeStruct((1, model.size, model.size, 3), jnp.float32)
-    return summary.rows(vae.Encoder(model), image)
-
-
-def decoder_rows(model: vae.VAE) -> list[summary.Row]:
-    latent = jax.ShapeDtypeStruct((1, model.latent_dim), jnp.float32)
-    return summary.rows(vae.Decoder(model), latent)
+def rows(model: VAE, branch: str) -> list[summary.Row]:
+    return [row for row in summary.rows(model) if row.branch == branch]
 
 
 def as_text(rows: list[summary.Row]) -> str:
@@ -66,32 +65,32 @@ def total(rows: list[summary.Row]) -> int:
 
 
 def test_every_layer_at_64_pixels_is_the_reports():
-    model = vae.VAE(size=64)
-    assert as_text(encoder_rows(model)) == ENCODER_64
-    assert as_text(decoder_rows(model)) == DECODER_64
-    assert total(encoder_rows(model)) == 13_802_688
-    assert total(decoder_rows(model)) == 13_283_023
+    model = VAE(size=64)
+    assert as_text(rows(model, "encoder")) == ENCODER_64
+    assert as_text(rows(model, "decoder")) == DECODER_64
+    assert total(rows(model, "encoder")) == 13_802_688
+    assert total(rows(model, "decoder")) == 13_283_023
 
 
 def test_every_layer_at_256_pixels_is_the_reports():
-    model = vae.VAE(size=256)
-    assert as_text(decoder_rows(model)) == DECODER_256
-    assert total(encoder_rows(model)) == 139_631_808
-    assert total(decoder_rows(model)) == 10_776_207
+    model = VAE(size=256)
+    assert as_text(rows(model, "decoder")) == DECODER_256
+    assert total(rows(model, "encoder")) == 139_631_808
+    assert total(rows(model, "decoder")) == 10_776_207
 
 
 @pytest.mark.parametrize(
     ("size", "parameters", "moving"), [(64, 27_085_711, 7_046), (256, 150_408_015, 6_854)]
 )
 def test_arrays_of_the_model_count_as_the_report_counts(size: int, parameters: int, moving: int):
-    model = vae.VAE(size=size)
+    model = VAE(size=size)
     shapes = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
     assert summary.count(shapes) == parameters
     assert summary.count(shapes[1]) == moving
 
 
 def test_the_printed_table_has_the_totals():
-    text = summary.table(vae.VAE())
+    text = summary.table(VAE())
     for number in ("13,802,688", "13,283,023", "27,085,711", "27,078,665", "7,046"):
         assert number in text
 
@@ -101,26 +100,26 @@ def test_the_printed_table_has_the_totals():
 )
 def test_a_size_that_the_layers_do_not_admit_is_refused_with_the_nearest(size: int, nearest: str):
     with pytest.raises(UserError, match=rf"{size} pixels.* {nearest}$"):
-        vae.VAE(size=size)
+        VAE(size=size)
 
 
 @pytest.mark.parametrize("size", [16, 48, 96, 256, 288])
 def test_an_admitted_size_comes_back_as_it_went_in(size: int):
-    model = vae.VAE(size=size, latent_dim=4, width=1)
-    assert decoder_rows(model)[-1].output == (size, size, 3)
+    model = VAE(size=size, latent_dim=4, width=1)
+    assert rows(model, "decoder")[-1].output == (size, size, 3)
 
 
-def weights(model: vae.VAE):
-    """Away from zero, so that no bias or statistic can be forgotten unseen."""
-    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
+def weights(model: VAE):
+    """Away from their initial values, so that no bias and no moving mean can be forgotten."""
     random = np.random.default_rng(0)
+    params, batch_stats = init(model, jax.random.key(0))
     params = jax.tree.map(lambda a: a + random.normal(0, 0.1, a.shape).astype("f"), params)
-    statistics = jax.tree.map(lambda a: a + random.uniform(0, 1, a.shape).astype("f"), statistics)
-    return params, statistics
+    batch_stats = jax.tree.map(lambda a: a + random.uniform(0, 1, a.shape).astype("f"), batch_stats)
+    return params, batch_stats
 
 
 class PlainEncoder(nn.Module):
-    """The recipe once more, in Flax's own layers."""
+    """The report's encoder in Flax's own layers."""
 
     @nn.compact
     def __call__(self, x):
@@ -134,6 +133,8 @@ class PlainEncoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
+    """The report's decoder in Flax's own layers."""
+
     @nn.compact
     def __call__(self, z):
         x = nn.selu(nn.Dense(32, name="dense.layer")(z))
@@ -156,41 +157,43 @@ def flat(tree: dict) -> dict:
     }
 
 
-def test_encoder_and_decoder_agree_with_the_recipe_in_plain_flax():
-    params, statistics = weights(SMALL)
+def test_encoder_and_decoder_agree_with_the_same_layers_in_plain_flax():
+    params, batch_stats = weights(SMALL)
     x = jax.random.uniform(jax.random.key(1), (3, 16, 16, 3))
     z = jax.random.normal(jax.random.key(2), (3, 4))
     variables = {
-        branch: {"params": flat(params[branch]), "batch_stats": flat(statistics[branch])}
+        branch: {"params": flat(params[branch]), "batch_stats": flat(batch_stats[branch])}
         for branch in ("encoder", "decoder")
     }
     mean, log_variance = jax.jit(PlainEncoder().apply)(variables["encoder"], x)
     output = jax.jit(PlainDecoder().apply)(variables["decoder"], z)
-    posterior, _ = jax.jit(partial(autoencoder.encode, SMALL))(params, statistics, x)
-    np.testing.assert_allclose(posterior.mean, mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(posterior.log_variance, log_variance, rtol=1e-4, atol=1e-5)
-    ours, _ = jax.jit(partial(autoencoder.decode, SMALL))(params, statistics, z)
-    np.testing.assert_allclose(ours, output, rtol=1e-4, atol=1e-5)
+    posterior = encode(SMALL, params, batch_stats, x)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(posterior.mean, mean)
+    close(posterior.log_variance, log_variance)
+    close(decode(SMALL, params, batch_stats, z), output)
 
 
 def run_encoder(norm: str, *, train: bool):
-    model = vae.VAE(size=16, latent_dim=4, width=1, norm=norm)
-    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
+    """The posterior, and of each array of `batch_stats` whether it stayed as it was."""
+    model = VAE(size=16, latent_dim=4, width=1, norm=norm)
+    params, batch_stats = init(model, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
-    encode = jax.jit(partial(autoencoder.encode, model, train=train))
-    posterior, after = encode(params, statistics, x)
-    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), statistics, after)
+    apply = jax.jit(partial(autoencoder.apply, model, method="encode", train=train))
+    posterior, after = apply(params, batch_stats, x)
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), batch_stats, after)
     return posterior, same
 
 
-def test_the_frozen_norm_never_moves_its_statistics():
-    trained, same = run_encoder("frozen", train=True)
-    evaluated, _ = run_encoder("frozen", train=False)
+def test_the_affine_norm_never_moves_its_batch_stats():
+    trained, same = run_encoder("affine", train=True)
+    evaluated, _ = run_encoder("affine", train=False)
+    assert len(jax.tree.leaves(same)) == 2 * (6 + 6)  # mean and variance of every norm
     assert all(jax.tree.leaves(same))
     assert jnp.all(trained.mean == evaluated.mean)
 
 
-def test_the_batch_norm_moves_the_encoders_statistics_in_training_alone():
+def test_batch_norm_moves_the_encoders_batch_stats_in_training_alone():
     trained, same = run_encoder("batch", train=True)
     evaluated, same_in_evaluation = run_encoder("batch", train=False)
     assert not any(jax.tree.leaves(same["encoder"]))
@@ -200,18 +203,16 @@ def test_the_batch_norm_moves_the_encoders_statistics_in_training_alone():
 
 
 def test_a_bounded_log_variance_stays_below_its_bound():
-    model = vae.VAE(size=16, latent_dim=4, width=1, log_variance_bound=2.0)
-    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(model, jax.random.key(0))
+    model = VAE(size=16, latent_dim=4, width=1, log_variance_bound=2.0)
+    params, batch_stats = init(model, jax.random.key(0))
     params["encoder"]["log_variance"]["layer"]["bias"] += 1e6
-    posterior, _ = jax.jit(partial(autoencoder.encode, model))(
-        params, statistics, jnp.ones((2, 16, 16, 3))
-    )
+    posterior = encode(model, params, batch_stats, jnp.ones((2, 16, 16, 3)))
     assert jnp.all(posterior.log_variance <= 2)
     assert jnp.all(posterior.log_variance > 1.9)
 
 
 def test_an_untrained_posterior_is_nearly_the_prior():
-    params, statistics = jax.jit(autoencoder.init, static_argnums=0)(SMALL, jax.random.key(0))
+    params, batch_stats = init(SMALL, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
-    posterior, _ = jax.jit(partial(autoencoder.encode, SMALL))(params, statistics, x)
+    posterior = encode(SMALL, params, batch_stats, x)
     assert 0 < jnp.mean(posterior.kl()) < 0.2

@@ -1,5 +1,6 @@
-"""One whole run for all who compare with it."""
+"""One complete run for all tests that compare with it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,6 @@ def data(faces: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete_run(data: Path, shared: Callable[..., Path]) -> Path:
     """A run that nothing interrupted, with checkpoints after 7, 14 and 18 updates."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    train(data, out, checkpoint_steps=7)
-    return out
+    return shared("complete-run", lambda folder: train(data, folder, checkpoint_steps=7))

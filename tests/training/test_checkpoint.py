@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from test_fit import MODEL, RECIPE, digest, leave, train
 
-from vaejax import commands, machine
+from vaejax import commands, doctor
 from vaejax.data import batches as data_batches
 from vaejax.errors import CheckpointError, UserError, VaejaxError
-from vaejax.training import checkpoint, identity, manifest, page, parallel, run
-from vaejax.training.config import build_adam
-from vaejax.training.state import TrainState, init
+from vaejax.system import versions
+from vaejax.training import checkpoint, devices, fit, run, visualize
+from vaejax.training.checkpoint import Checkpoint
+from vaejax.training.step import TrainState, init
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -36,48 +37,46 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+def folder(complete_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete_run, tmp_path / "run"))
 
 
 def files(place: Path) -> list[str]:
     return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
 
 
-def restored(folder: Path, facts: dict) -> str:
+def restored(saved: Checkpoint) -> str:
     """The digest of what Orbax reads."""
-    optimizer = build_adam(RECIPE, updates=18)
-    begin = partial(init, model=MODEL, optimizer=optimizer)
+    begin = partial(init, trainer=RECIPE.trainer(updates=18))
     like: TrainState = jax.eval_shape(begin, jax.random.key(0))
-    images = data_batches.Images(Path(run.read(folder)["schedule"]["prepared"]), "train")
-    stream = data_batches.stream(images, batch_size=8, seed=0)
-    everywhere = parallel.whole(parallel.choose(1))
-    state = checkpoint.restore(folder, facts, like, stream, sharding=everywhere)
-    assert int(state.step) == facts["step"]
-    return checkpoint.digest(state, stream.get_state())
+    sharding = devices.replicated(devices.choose(1))
+    state, position = checkpoint.restore(saved, like, sharding=sharding)
+    assert int(state.step) == saved.step
+    return checkpoint.digest(state, position)
 
 
 def forge(folder: Path, **facts: object) -> None:
-    """Other facts in the newest manifest, with sums that agree."""
-    path = checkpoint.path(folder, 18) / manifest.NAME
+    """Put other facts into the newest manifest, with sums that agree."""
+    path = checkpoint.path(folder, 18) / checkpoint.MANIFEST
     content = json.loads(path.read_text())
     del content["sha256"], content["files"]
     path.unlink()
-    manifest.write(path.parent, content | facts)
+    checkpoint.write_manifest(path.parent, content | facts)
 
 
-def newest(folder: Path) -> dict:
-    facts = checkpoint.newest(folder, run.read(folder), begun=True)
-    assert facts is not None
-    return facts
+def newest(folder: Path) -> Checkpoint:
+    found = checkpoint.newest(folder, expected=True)
+    assert found is not None
+    return found
 
 
 def test_a_checkpoint_is_read_as_it_was_saved(folder: Path):
     assert checkpoint.steps(folder) == [7, 14, 18]
-    facts = newest(folder)
-    assert facts["step"] == 18
-    assert restored(folder, facts) == facts["state"]
-    assert facts["files"].keys() | {manifest.NAME} == set(files(checkpoint.path(folder, 18)))
+    saved = newest(folder)
+    assert saved.step == 18
+    assert restored(saved) == saved.state_digest
+    content = checkpoint.check_manifest(saved.path)
+    assert content["files"].keys() | {checkpoint.MANIFEST} == set(files(saved.path))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -85,7 +84,7 @@ def test_whatever_is_damaged_is_named_and_set_aside_for_the_one_before(
     damage: str, folder: Path, capsys
 ):
     place, aside = checkpoint.path(folder, 18), folder / "checkpoints" / "damaged" / "0000018"
-    before = json.loads((checkpoint.path(folder, 14) / manifest.NAME).read_text())
+    before = json.loads((checkpoint.path(folder, 14) / checkpoint.MANIFEST).read_text())
     names = files(place)
     assert len(names) > 10
     for name in names:
@@ -93,27 +92,27 @@ def test_whatever_is_damaged_is_named_and_set_aside_for_the_one_before(
         if not content and damage in ("truncated", "emptied"):
             continue  # there is nothing to take away
         DAMAGES[damage](place / name)
-        facts = newest(folder)
-        assert facts["step"] == 14, name
-        assert facts["state"] == before["state"]
+        saved = newest(folder)
+        assert saved.step == 14, name
+        assert saved.state_digest == before["state"]
         warning = capsys.readouterr().err
         assert "checkpoint of update 18 is damaged" in warning
         assert Path(name).name in warning
-        assert "going on from update 14" in warning
+        assert "resuming from update 14" in warning
         assert checkpoint.steps(folder) == [7, 14]
         aside.rename(place)  # and mended
         for made in place.rglob("*.x"):
             made.unlink()
         (place / name).unlink(missing_ok=True)
         (place / name).write_bytes(content)
-    assert newest(folder)["step"] == 18
+    assert newest(folder).step == 18
 
 
 def test_a_stray_file_and_a_stray_folder_are_found(folder: Path, capsys):
     (checkpoint.path(folder, 18) / "state" / "core.123").write_text("")
     (folder / "checkpoints" / "0000099").mkdir()
     (folder / "checkpoints" / "notes").mkdir()
-    assert newest(folder)["step"] == 14
+    assert newest(folder).step == 14
     warnings = capsys.readouterr().err
     assert "update 99 is damaged: manifest.json is missing" in warnings
     assert "state/core.123 does not belong there" in warnings
@@ -122,39 +121,39 @@ def test_a_stray_file_and_a_stray_folder_are_found(folder: Path, capsys):
 
 def test_a_checkpoint_under_another_number_is_none(folder: Path, capsys):
     checkpoint.path(folder, 18).rename(checkpoint.path(folder, 20))
-    assert newest(folder)["step"] == 14
+    assert newest(folder).step == 14
     assert "of update 18" in capsys.readouterr().err
 
 
 def test_a_manifest_that_was_forged_with_its_files_is_still_not_the_state(folder: Path):
     """Files and sums that agree, of another state than the manifest says."""
     forge(folder, state="0" * 64)
-    with pytest.raises(CheckpointError, match="another state than the one that was saved"):
-        restored(folder, newest(folder))
+    with pytest.raises(CheckpointError, match="another state than the saved one"):
+        restored(newest(folder))
 
 
 @pytest.mark.parametrize(
     "facts",
-    [{"settings": None}, {"settings": 3}, {"versions": []}, {"state": 0}, {"step": "18"}],
+    [{"spec": None}, {"spec": 3}, {"versions": []}, {"state": 0}, {"step": "18"}, {"format": 3}],
 )
 def test_a_manifest_that_was_forged_is_damaged_and_no_traceback(folder: Path, facts: dict, capsys):
     forge(folder, **facts)
-    assert newest(folder)["step"] == 14
+    assert newest(folder).step == 14
     assert "update 18 is damaged: manifest.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("files", [None, [], {"a": 1}, {"a": {"bytes": "1", "sha256": "2"}}])
 def test_a_manifest_whose_files_are_no_files_is_damaged(folder: Path, files: object, monkeypatch):
-    path = checkpoint.path(folder, 18) / manifest.NAME
+    path = checkpoint.path(folder, 18) / checkpoint.MANIFEST
     content = json.loads(path.read_text()) | {"files": files}
     del content["sha256"]
-    path.write_text(json.dumps({"sha256": manifest._sum(content), **content}))
-    with pytest.raises(manifest.Damaged, match="which files there are"):
-        manifest.check(path.parent)
+    path.write_text(json.dumps({"sha256": checkpoint._content_sum(content), **content}))
+    with pytest.raises(checkpoint.Damaged, match="which files there are"):
+        checkpoint.check_manifest(path.parent)
 
 
 def test_a_run_goes_on_from_the_one_before_and_ends_as_it_would_have(
-    whole: Path, folder: Path, data: Path, capsys
+    complete_run: Path, folder: Path, data: Path, capsys
 ):
     shutil.rmtree(checkpoint.path(folder, 18))
     leave(folder, "stopped")
@@ -162,12 +161,12 @@ def test_a_run_goes_on_from_the_one_before_and_ends_as_it_would_have(
     largest.write_bytes(flipped(largest.read_bytes()))
     train(data, folder)
     assert ": 7 of 18 updates are done" in capsys.readouterr().out
-    assert digest(folder) == digest(whole)
+    assert digest(folder) == digest(complete_run)
 
 
-def test_where_none_is_whole_nothing_starts_from_zero(folder: Path, data: Path):
+def test_where_all_are_damaged_nothing_starts_from_zero(folder: Path, data: Path):
     for step in checkpoint.steps(folder):
-        (checkpoint.path(folder, step) / manifest.NAME).write_text("{}")
+        (checkpoint.path(folder, step) / checkpoint.MANIFEST).write_text("{}")
     leave(folder, "stopped")
     metrics = (folder / "metrics.jsonl").read_bytes()
     for _ in range(2):  # nor when they are all set aside
@@ -181,56 +180,57 @@ def test_where_none_is_whole_nothing_starts_from_zero(folder: Path, data: Path):
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_pictures_are_drawn_with_the_newest_whole_weights_and_nothing_is_moved(
+def test_pictures_are_drawn_with_the_newest_undamaged_weights_and_nothing_is_moved(
     folder: Path, capsys
 ):
-    params = checkpoint.weights(folder, MODEL).params
+    params = checkpoint.load_weights(folder, MODEL, ema=False).params
     flip = checkpoint.path(folder, 18) / "state" / "_METADATA"
     flip.write_bytes(flipped(flip.read_bytes()))
-    older = checkpoint.weights(folder, MODEL).params
+    older = checkpoint.load_weights(folder, MODEL, ema=False).params
     assert "taking that of update 14" in capsys.readouterr().err
     a, b = jax.tree.leaves(params)[0], jax.tree.leaves(older)[0]
     assert not np.array_equal(a, b)
     assert checkpoint.steps(folder) == [7, 14, 18]
     for step in (7, 14):
-        (checkpoint.path(folder, step) / manifest.NAME).unlink()
+        (checkpoint.path(folder, step) / checkpoint.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"0000018 is damaged.*0000007 is damaged"):
-        checkpoint.weights(folder, MODEL)
+        checkpoint.load_weights(folder, MODEL, ema=False)
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder: Path):
-    settings = run.read(folder)
-    other = {**settings, "seed": 3, "model": {**settings["model"], "latent_dim": 5}}
-    forge(folder, settings=other)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(folder: Path, data: Path):
+    spec = run.read_spec(folder).to_json()
+    other = {**spec, "seed": 3, "model": {**spec["model"], "latent_dim": 5}}
+    forge(folder, spec=other)
+    leave(folder, "stopped")
     with pytest.raises(CheckpointError, match=r"model.latent_dim 5 → 4; seed 3 → 0"):
-        newest(folder)
+        train(data, folder)
     with pytest.raises(CheckpointError, match=r"another model .* model.latent_dim 5 → 4"):
-        checkpoint.weights(folder, MODEL)
+        checkpoint.load_weights(folder, MODEL, ema=False)
 
 
-def test_the_old_ones_go_when_the_new_one_is_whole_and_not_before(
+def test_the_old_ones_go_when_the_new_one_is_complete_and_not_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    settings = run.read(folder)
-    state = jax.jit(partial(init, model=MODEL, optimizer=build_adam(RECIPE, updates=18)))(
-        jax.random.key(0)
-    )
-    images = data_batches.Images(Path(settings["schedule"]["prepared"]), "train")
-    batches = data_batches.stream(images, batch_size=8, seed=0)
-    save = partial(checkpoint.save, folder, batches=batches, settings=settings, keep=2)
+    spec = run.read_spec(folder)
+    state = jax.jit(partial(init, trainer=RECIPE.trainer(updates=18)))(jax.random.key(0))
+    images = data_batches.Images(Path(spec.schedule.prepared), "train")
+    position = data_batches.stream(images, batch_size=8, seed=0).get_state()
+    save = partial(checkpoint.save, folder, position=position, spec=spec.to_json(), keep=2)
     there: list[list[int]] = []
-    written = manifest.write
+    written = checkpoint.write_manifest
 
     def watched(*arguments):
         there.append(checkpoint.steps(folder))
         written(*arguments)
 
-    monkeypatch.setattr(manifest, "write", watched)
+    monkeypatch.setattr(checkpoint, "write_manifest", watched)
     save(state=state._replace(step=state.step + 20))
     assert there == [[7, 14, 18]]
     assert checkpoint.steps(folder) == [18, 20]
     with monkeypatch.context() as broken:
-        broken.setattr(manifest, "write", partial(_raise, OSError(28, "No space left on device")))
+        broken.setattr(
+            checkpoint, "write_manifest", partial(_raise, OSError(28, "No space left on device"))
+        )
         with pytest.raises(OSError, match="No space"):
             save(state=state._replace(step=state.step + 21))
     assert checkpoint.steps(folder) == [18, 20]
@@ -252,7 +252,7 @@ def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
     shutil.copytree(checkpoint.path(folder, 18), half)
     shutil.copytree(half, half.with_name(half.name + ".orbax-checkpoint-tmp"))
     leave(folder, "stopped")
-    assert newest(folder)["step"] == 18
+    assert newest(folder).step == 18
     train(data, folder)
     assert checkpoint.steps(folder) == [7, 14, 18]
     assert sorted(path.name[0] for path in (folder / "checkpoints").iterdir()) == ["0", "0", "0"]
@@ -265,10 +265,51 @@ def test_other_versions_are_one_warning(
     train(data, folder)
     assert "other versions" not in capsys.readouterr().err
     leave(folder, "stopped")
-    now = run.versions()
-    monkeypatch.setattr(run, "versions", lambda: {**now, "flax": "99.0"})
+    now = versions()
+    monkeypatch.setattr(fit, "versions", lambda: {**now, "flax": "99.0"})
     train(data, folder)
     assert capsys.readouterr().err.count(f"flax {now['flax']} → 99.0") == 1
+
+
+# Other versions of vaejax ------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder) if name != "run.lock"}
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_left_as_it_is(folder: Path, data: Path):
+    forge(folder, format="vaejax checkpoint 1")
+    leave(folder, "stopped")
+    before = content(folder)
+    for act in (lambda: train(data, folder), lambda: run.load(folder)):
+        with pytest.raises(CheckpointError, match="written by another version of vaejax"):
+            act()
+        assert content(folder) == before
+    assert not (folder / "checkpoints" / "damaged").exists()
+
+
+@pytest.mark.parametrize("format_", [None, "vaejax run 1", "vaejax run 99"])
+def test_a_run_of_another_version_is_refused_and_left_as_it_is(
+    format_: str | None, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "format"}
+    config |= {} if format_ is None else {"format": format_}
+    (folder / "config.json").write_text(json.dumps(config))
+    before = content(folder)
+    for act in (lambda: train(data, folder), lambda: run.load(folder)):
+        with pytest.raises(UserError, match="written by another version of vaejax"):
+            act()
+        assert content(folder) == before
+    # a command without --out starts a run of its own
+    runs = folder.parent / "runs"
+    runs.mkdir()
+    folder.rename(runs / "00000-tiny")
+    monkeypatch.chdir(folder.parent)
+    assert train(data, None, steps=1) == Path("runs/00001-tiny")
+    assert "another version of vaejax" in capsys.readouterr().err
+    assert content(runs / "00000-tiny") == before
 
 
 # Files that somebody has edited ------------------------------------------------------------------
@@ -325,28 +366,26 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
-def test_a_file_that_somebody_edited_is_an_error_for_people_or_does_no_harm(
+def test_a_file_that_somebody_edited_is_an_error_errors_as_messages_or_does_no_harm(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     chance = random.Random(name)
-    settings, path = run.read(folder), folder / name
+    spec, path = run.read_spec(folder), folder / name
     content = path.read_bytes()
-    monkeypatch.setattr(checkpoint, "_weights", lambda place, model: (place, model))
+    monkeypatch.setattr(checkpoint, "_restore_weights", lambda place, model, ema: ({}, {}))
 
     def write_page() -> None:
-        page.write(folder, run.read(folder), run.read(folder, "run.json"))
+        visualize.write_readme(folder, run.read_spec(folder), run.read_status(folder))
 
     acts: dict[str, list[Callable[[], object]]] = {
         "config.json": [
-            lambda: identity.choose(
-                "tiny", settings, out=folder, fresh=False, accept_changed_data=False
-            ),
+            lambda: run.choose_folder(spec, out=folder, fresh=False, accept_changed_data=False),
             lambda: commands.load(str(folder)),
             write_page,
         ],
         "run.json": [
-            lambda: run.standing(folder),
-            lambda: run.describe(settings, devices="", before=run.remembered(folder)),
+            lambda: run.actual_status(folder),
+            lambda: run.initial_status(spec, devices="", before=run.last_status(folder)),
             write_page,
         ],
     }
@@ -365,14 +404,15 @@ def test_a_file_that_somebody_edited_is_an_error_for_people_or_does_no_harm(
 
 def test_a_manifest_that_somebody_edited_is_another_one_or_says_the_same(folder: Path):
     chance = random.Random(0)
-    path = checkpoint.path(folder, 18) / manifest.NAME
-    content, facts = path.read_bytes(), newest(folder)
+    path = checkpoint.path(folder, 18) / checkpoint.MANIFEST
+    content = path.read_bytes()
+    facts = checkpoint.check_manifest(path.parent)
     found = []
     for _ in range(100):
         path.write_bytes(mutated(content, chance))
         try:
-            found.append(manifest.check(path.parent))
-        except manifest.Damaged:
+            found.append(checkpoint.check_manifest(path.parent))
+        except checkpoint.Damaged:
             continue
     assert len(found) < 30
     assert all(same == facts for same in found)
@@ -385,8 +425,8 @@ def test_the_table_of_runs_goes_on_past_a_broken_one(folder: Path, monkeypatch: 
         shutil.copytree(folder, runs / f"0000{number}-tiny")
     (runs / "00000-tiny" / "run.json").write_text('{"status": [1]}')
     monkeypatch.chdir(folder.parent)
-    rows = machine.runs().splitlines()
+    rows = doctor.runs().splitlines()
     assert "unreadable" in rows[1]
     assert "finished" in rows[2]
-    with pytest.raises(UserError, match='"status" is not of the kind str'):
-        run.read(runs / "00000-tiny", "run.json")
+    with pytest.raises(UserError, match='"status" is not a text'):
+        run.read_status(runs / "00000-tiny")

@@ -11,11 +11,14 @@ import pytest
 from PIL import Image
 from test_fit import digest, leave, lines, train
 
-from vaejax import machine, pictures
+from vaejax import doctor, plots
 from vaejax.errors import CheckpointError, StorageError, UserError
+from vaejax.metrics import first_and_last
 from vaejax.training import checkpoint, run
-from vaejax.training.album import Album
+from vaejax.training.config import differences
+from vaejax.training.visualize import Visualizer
 
+pytestmark = pytest.mark.slow
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "emptied": lambda path: path.write_text(""),
@@ -24,9 +27,9 @@ DAMAGES = {
 
 
 @pytest.fixture
-def half(whole: Path, tmp_path: Path) -> Path:
+def half(complete_run: Path, tmp_path: Path) -> Path:
     """The run as if it had been stopped after 14 of its 18 updates."""
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    folder = Path(shutil.copytree(complete_run, tmp_path / "run"))
     shutil.rmtree(checkpoint.path(folder, 18))
     leave(folder, "stopped")
     return folder
@@ -35,7 +38,7 @@ def half(whole: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
 def test_a_run_goes_on_without_its_small_files(
-    name: str, damage: str, whole: Path, half: Path, data: Path, capsys
+    name: str, damage: str, complete_run: Path, half: Path, data: Path, capsys
 ):
     DAMAGES[damage](half / name)
     train(data, half)
@@ -44,8 +47,8 @@ def test_a_run_goes_on_without_its_small_files(
     if (name, damage) != ("run.json", "missing"):  # which a kill in the first moment leaves too
         assert f"{name} " in told.err
         assert "warning" in told.err
-    assert digest(half) == digest(whole)
-    assert run.read(half) == run.read(whole) | {"schedule": run.read(half)["schedule"]}
+    assert digest(half) == digest(complete_run)
+    assert differences(run.read_spec(half), run.read_spec(complete_run)) == []
     assert run.status(half) == "finished"
 
 
@@ -89,7 +92,7 @@ def test_a_named_run_that_cannot_be_known_is_refused_and_fresh_moves_it_aside(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_nothing_begins_from_zero_where_figures_tell_that_it_had_begun(
+def test_nothing_begins_from_zero_where_metrics_tell_that_it_had_begun(
     damage: str, half: Path, data: Path
 ):
     shutil.rmtree(half / "checkpoints")
@@ -99,19 +102,19 @@ def test_nothing_begins_from_zero_where_figures_tell_that_it_had_begun(
 
 
 def at_the_end_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch, act) -> None:
-    end = Album.end
+    end = Visualizer.draw_epoch_end
 
     def with_a_fault(self, state, epoch: int) -> None:
         end(self, state, epoch)
         if epoch == 1:
             act()
 
-    monkeypatch.setattr(Album, "end", with_a_fault)
+    monkeypatch.setattr(Visualizer, "draw_epoch_end", with_a_fault)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_small_files_that_are_damaged_under_a_run_are_written_anew(
-    damage: str, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, complete_run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "run"
 
@@ -121,15 +124,15 @@ def test_small_files_that_are_damaged_under_a_run_are_written_anew(
 
     at_the_end_of_the_first_epoch(monkeypatch, act)
     train(data, out)
-    assert digest(out) == digest(whole)
-    assert run.read(out)["model"] == run.read(whole)["model"]
-    assert run.read(out, "run.json")["saved"] == 18
+    assert digest(out) == digest(complete_run)
+    assert run.read_spec(out).model == run.read_spec(complete_run).model
+    assert run.read_status(out)["saved"] == 18
     assert run.status(out) == "finished"
 
 
 @pytest.mark.parametrize("to", ["elsewhere", None])
 def test_a_folder_that_is_moved_or_deleted_ends_the_run_and_nothing_is_begun_in_its_place(
-    to: str | None, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str | None, complete_run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "run"
 
@@ -144,17 +147,17 @@ def test_a_folder_that_is_moved_or_deleted_ends_the_run_and_nothing_is_begun_in_
     if to:
         shutil.move(tmp_path / to, out)
         train(data, out)
-        assert digest(out) == digest(whole)
+        assert digest(out) == digest(complete_run)
 
 
-def test_figures_that_are_gone_are_told(half: Path, data: Path, capsys):
+def test_metrics_that_are_gone_are_told(half: Path, data: Path, capsys):
     (half / "metrics.jsonl").unlink()
     train(data, half)
-    assert "no figures of the first 14 updates" in capsys.readouterr().out
+    assert "no metrics of the first 14 updates" in capsys.readouterr().out
     assert min(line["step"] for line in lines(half)) == 14
 
 
-def test_absurd_figures_are_left_out(half: Path, monkeypatch: pytest.MonkeyPatch):
+def test_absurd_metrics_are_left_out(half: Path, monkeypatch: pytest.MonkeyPatch):
     good = len(lines(half))
     absurd = ["1e308", "-1e308", "NaN", "Infinity", "1" + "0" * 400, "true", '"1"', "null"]
     with (half / "metrics.jsonl").open("a") as file:
@@ -162,8 +165,8 @@ def test_absurd_figures_are_left_out(half: Path, monkeypatch: pytest.MonkeyPatch
             file.write(f'{{"step": 18, "epoch": 3, "split": "train", "mse": {value}}}\n')
         file.write('{"step": -1, "epoch": 3, "split": "train", "mse": 1}\n')
         file.write('{"step": true, "epoch": 3, "split": "train", "mse": 1}\n')
-    pictures.curves(half / "metrics.jsonl", half / "curves.png")
-    _, last = run.ends(half)
+    plots.curves(half / "metrics.jsonl", half / "curves.png")
+    _, last = first_and_last(half / "metrics.jsonl")
     assert last["train"]["step"] == 16
     assert good == 12
     (half.parent / "runs").mkdir()
@@ -173,7 +176,7 @@ def test_absurd_figures_are_left_out(half: Path, monkeypatch: pytest.MonkeyPatch
     settings["schedule"]["updates_per_epoch"] = 0
     config.write_text(json.dumps(settings))
     monkeypatch.chdir(half.parent)
-    assert "unreadable" in machine.runs()
+    assert "unreadable" in doctor.runs()
 
 
 def test_a_name_that_is_too_long_is_refused(data: Path, tmp_path: Path):
@@ -205,7 +208,7 @@ def test_a_finished_run_goes_on_with_changed_images_where_that_is_accepted(
 
 
 def test_records_that_are_damaged_under_a_run_stop_it_with_their_name(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, complete_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     prepared, out = Path(shutil.copytree(data, tmp_path / "set")), tmp_path / "run"
     kept = Path(shutil.copytree(data, tmp_path / "kept"))
@@ -224,4 +227,4 @@ def test_records_that_are_damaged_under_a_run_stop_it_with_their_name(
     shutil.rmtree(prepared)
     kept.rename(prepared)
     train(prepared, out)
-    assert digest(out) == digest(whole)
+    assert digest(out) == digest(complete_run)

@@ -1,0 +1,1 @@
+"""From a folder or a zip of images to batches of uint8 arrays, with NumPy alone."""

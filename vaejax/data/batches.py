@@ -9,16 +9,18 @@ import itertools
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import UInt8
 
-from vaejax.data.entries import printable
-from vaejax.data.records import builder, damaged
+from vaejax.data import records
 from vaejax.errors import UserError
+from vaejax.files import printable
+
+if TYPE_CHECKING:
+    import grain  # which imports JAX where that is installed: functions that need it import it
 
 # Nothing is read ahead of a record, and none is handed to other threads: grain has its own.
 _ONE_RECORD = "readahead_buffer_size:0,max_parallelism:0"
@@ -26,6 +28,8 @@ _ONE_RECORD = "readahead_buffer_size:0,max_parallelism:0"
 
 class Images:
     """The images of one split, by index: a few numbers in memory, the pixels on disk.
+
+    Raises UserError if `prepared` is no prepared data set, or a damaged one.
 
     Each record is read as a range of one. TFDS's own source asks for a list of indices, for which
     ArrayRecord (0.8) fills a table as long as the file, batch after batch: a batch of 32 took five
@@ -35,16 +39,16 @@ class Images:
     def __init__(self, prepared: Path, split: str):
         import tensorflow_datasets as tfds
 
-        self._prepared, info = prepared, builder(prepared).info
+        self._prepared, info = prepared, records.builder(prepared).info
         try:
             self._files = info.splits[split].file_instructions  # which records of which file
             self._ends = list(itertools.accumulate(file.take for file in self._files))
-            # the texts, which nobody asks for here, would take longer than the pixels
-            self._features: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
-            texts = {name: info.features[name] for name in ("person", "path", "sha256")}
+            # two parts, because decoding the texts takes longer than decoding the pixels
+            self._pixels: Any = tfds.features.FeaturesDict({"image": info.features["image"]})
+            texts = {name: info.features[name] for name in records.Metadata.__annotations__}
             self._texts: Any = tfds.features.FeaturesDict(texts)
-        except Exception:  # whatever TFDS makes of what it did not write
-            raise damaged(prepared, "its metadata cannot be used") from None
+        except Exception:  # whatever TFDS raises for what it did not write
+            raise records.damaged(prepared, "its metadata cannot be used") from None
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -53,47 +57,53 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image, `(h, w, c)`."""
-        return self._image(0).shape
+        """The shape `(h, w, c)` of an image."""
+        return self._read_pixels(0).shape
 
     def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
-        return np.stack([self._image(int(i)) for i in indices])
+        """Read images by their indices, from any thread. Raises UserError if one is damaged."""
+        return np.stack([self._read_pixels(int(i)) for i in indices])
 
-    def texts(self, index: int) -> dict[str, str]:
-        """Whose face it is ("person", "" if not known) and where it came from: the "path" and the
-        "sha256" of its file."""
-        found = self._example(index, self._texts)
-        return {name: value.decode() for name, value in found.items()}
+    def metadata(self, index: int) -> records.Metadata:
+        """Return the person ("" if unknown), the path and the SHA-256 of an image's file."""
+        example = self._read_example(index, self._texts)
+        return records.Metadata(**{name: value.decode() for name, value in example.items()})
 
-    def _image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        return self._example(index, self._features)["image"]
+    def _read_pixels(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        return self._read_example(index, self._pixels)["image"]
 
-    def _example(self, index: int, features: Any) -> dict[str, Any]:
-        """UserError if the file does not hold it: its checksums tell, or it is cut or gone."""
+    def _read_example(self, index: int, features: Any) -> dict[str, Any]:
+        """Read these features of a record. Its checksum tells damage."""
         number = bisect.bisect_right(self._ends, index)
         file = self._files[number]
-        place = index - self._ends[number] + file.take + file.skip
+        position = index - self._ends[number] + file.take + file.skip
         try:
-            record = self._reader(number).read(place, place + 1)[0]
+            record = self._reader(number).read(position, position + 1)[0]
             return features.deserialize_example_np(record)
         except (RuntimeError, IndexError, ValueError):
             name = f"records/{os.path.basename(file.filename)}"
-            raise damaged(self._prepared, f"{printable(name)} cannot be read") from None
+            raise records.damaged(self._prepared, f"{printable(name)} cannot be read") from None
 
     def _reader(self, number: int) -> ArrayRecordReader:
-        """Of a file, opened when it is first needed, by one thread: it has the file's index."""
+        """Return the reader of a file. One thread opens it when it is first needed."""
         with self._lock:
             if number not in self._readers:
                 self._readers[number] = ArrayRecordReader(
-                    os.fsencode(self._files[number].filename),  # it takes no text but UTF-8
+                    os.fsencode(self._files[number].filename),  # as text it takes UTF-8 only
                     options=_ONE_RECORD,
                     file_reader_buffer_size=32768,
                 )
             return self._readers[number]
 
 
+# The order of training ----------------------------------------------------------------------------
+
+
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in one pass; what remains of a pass is left out, other images each time."""
+    """Return the number of full batches in one epoch; the rest of an epoch is left out.
+
+    Raises UserError if there are fewer images than a batch holds.
+    """
     if batch_size > images:
         raise UserError(
             f"--batch-size {batch_size} is more than the {images} training images: "
@@ -110,27 +120,88 @@ def stream(
     shard: int = 0,
     shards: int = 1,
     read: bool = True,
-) -> grain.DatasetIterator:
-    """Endless training batches `[batch_size / shards, h, w, c]`: this shard's rows of each; or
-    their indices `[batch_size / shards]`, where they are not to be read.
+) -> "grain.DatasetIterator":
+    """Stream training batches without end: this shard's rows `[batch_size / shards, h, w, c]`.
 
-    Every pass has its own order. The iterator's position is saved with `get_state` and restored
-    with `set_state` (or by Orbax); it counts batches handed out, not those read ahead.
+    With `read=False` the batches are indices `[batch_size / shards]`. Every epoch has an order of
+    its own. The iterator's position is saved by `get_state` and restored by `set_state` (or by
+    Orbax); it counts batches handed out, not those read ahead.
     """
+    import grain
+
     rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
-    mine = _order(len(images), batch_size, seed).map(lambda indices: indices[rows])
-    found = mine.map(images.read) if read else mine
+    batches = _order(len(images), batch_size, seed).map(lambda indices: indices[rows])
+    if read:
+        batches = batches.map(images.read)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-    return iter(found.to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))
 
 
-def drawn(images: Images, number: int, *, batch_size: int, seed: int) -> list[int]:
-    """Which images the batch of this number holds, from 0."""
+def batch_indices(images: Images, number: int, *, batch_size: int, seed: int) -> list[int]:
+    """Return the indices of the images in batch `number` of the stream, counted from 0."""
     return np.asarray(_order(len(images), batch_size, seed)[number]).tolist()
 
 
-def _order(images: int, batch_size: int, seed: int) -> grain.MapDataset:
-    """The indices of every batch, without end; by its number any of them can be had."""
+def _order(images: int, batch_size: int, seed: int) -> "grain.MapDataset":
+    """Return the indices of every batch: an endless sequence with random access."""
+    import grain
+
     steps = steps_per_epoch(images, batch_size)
     order = grain.MapDataset.range(images).seed(seed).shuffle()
     return order[: steps * batch_size].repeat().batch(batch_size)
+
+
+# Two data sets ------------------------------------------------------------------------------------
+
+
+class DatasetDiff(NamedTuple):
+    """The number of images that differ between two prepared sets, by their paths in the source.
+
+    `known` is False if the older set cannot be read.
+    """
+
+    added: int
+    removed: int
+    changed: int
+    known: bool = True
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "how is unknown, because the set prepared before is gone or of another version"
+        return f"{self.added:,} added, {self.removed:,} removed, {self.changed:,} changed"
+
+
+def dataset_diff(before: Path, after: Path) -> DatasetDiff | None:
+    """Compare two prepared sets of one source.
+
+    Returns None if they differ in more than their images: in size or crop. Raises UserError if one
+    of them is damaged.
+    """
+    if records.format_of(before) != records.FORMAT:
+        return DatasetDiff(0, 0, 0, known=False)
+    old, new = records.read_dataset_report(before), records.read_dataset_report(after)
+    if old["size"] != new["size"] or _crop(old) != _crop(new):
+        return None
+    old_hashes, new_hashes = _hashes(before), _hashes(after)
+    common = old_hashes.keys() & new_hashes.keys()
+    return DatasetDiff(
+        added=len(new_hashes) - len(common),
+        removed=len(old_hashes) - len(common),
+        changed=sum(old_hashes[path] != new_hashes[path] for path in common),
+    )
+
+
+def _crop(report: dict[str, Any]) -> tuple[Any, ...]:
+    crop = report.get("crop") or {}
+    return crop.get("cascade_sha256"), crop.get("margin")
+
+
+def _hashes(prepared: Path) -> dict[str, str]:
+    """Return the SHA-256 of every image's file, by path."""
+    metadata = (
+        images.metadata(i)
+        for split in records.read_dataset_report(prepared)["splits"]
+        for images in [Images(prepared, split)]
+        for i in range(len(images))
+    )
+    return {image["path"]: image["sha256"] for image in metadata}

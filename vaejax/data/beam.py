@@ -1,15 +1,15 @@
-"""Preparing on Apache Beam: the same prepared set, by as many workers as a runner has.
+"""Preparation on Apache Beam: the same prepared set, by as many workers as a runner has.
 
-Two passes. In the first a worker looks at some hundred files at a time, and leaves their pixels and
-what there is to say of them beside the set that is to be. When all hashes are known so are the
-splits and the order, and the second pass writes them: a TFDS builder, run by
-`download_and_prepare`. No pixels go through the runner, and nobody holds more of them than a shard.
-The source and the set must lie where every worker sees them, under the same paths.
+There are two passes. In the first, a worker examines some hundred files at a time, and stores their
+pixels and facts beside the future set. When all hashes are known, so are the splits and the order,
+and the second pass writes the records: a TFDS builder, run by `download_and_prepare`. No pixels
+pass through the runner, and no process holds more of them than a shard. The source and the set must
+lie where every worker sees them, under the same paths.
 
 The builder is a `ShardBasedBuilder`. TFDS runs a `GeneratorBasedBuilder` on Beam too, but sends all
 records through the runner's shuffle, which Beam's direct runner keeps in memory: 1.9 GB for 22,000
-images of 64 x 64, against 0.25. Two faults of TFDS 4.9.10 are kept out. It writes the splits before
-anew with each further one: here a builder has one split. It sorts the lengths of more than ten
+images of 64 x 64, against 0.25. Two faults of TFDS 4.9.10 are avoided. It writes the earlier splits
+again with each further one: here a builder has one split. It sorts the lengths of more than ten
 shards as texts (0, 1, 10, 2): here they are counted when the shards are planned.
 """
 
@@ -41,14 +41,14 @@ from tensorflow_datasets.core.writer import ExampleWriter
 
 from vaejax.data import records
 from vaejax.data.decode import Refused
-from vaejax.data.faces import NO_FACE, Finder
-from vaejax.data.gather import Gathered, Pixels, _examine, _Examined, _NoFace, collected
-from vaejax.data.sheet import Seen
-from vaejax.data.sources import Entry, Listing, reader
+from vaejax.data.faces import NO_FACE, Detector, Thumbnail
+from vaejax.data.gather import Examined, Gathered, NoFace, Pixels, collect, examine
+from vaejax.data.sources import Entry, Listing, open_reader
 from vaejax.errors import UserError
+from vaejax.files import read_json
 
-FILES = 256  # that a worker looks at before it hands in what it found
-SHARD_BYTES, SHARD_RECORDS = 64 << 20, 10_000  # at most, in a file of records
+FILES_PER_PART = 256  # that a worker examines before it stores the results
+MAX_SHARD_BYTES, MAX_SHARD_RECORDS = 64 << 20, 10_000  # in a file of records
 
 
 @dataclass(frozen=True)
@@ -59,92 +59,103 @@ class Beam:
     options: tuple[str, ...] = ()
 
     @contextlib.contextmanager
-    def gathered(
-        self, files: Listing, raw: Path, source: Path, *, size: int, finder: Finder | None
+    def gather(
+        self,
+        files: Listing,
+        scratch: Path,
+        *,
+        size: int,
+        detector: Detector | None,
+        say: Callable[[str], None],  # not called: runners log their progress themselves
     ) -> Iterator[Gathered]:
-        """What the files hold; the pixels lie in `raw` until the end of the block."""
-        raw.mkdir()
+        """Examine all files; the pixels lie in `scratch` until the end of the block."""
+        scratch.mkdir()
         parts = []
-        for start in range(0, len(files.entries), FILES):
-            parts.append(raw / f"{start // FILES:06}")
-            _write(parts[-1], [astuple(entry) for entry in files.entries[start : start + FILES]])
-        with self._running(), beam.Pipeline(self._start(), self._settings()) as pipeline:
+        for start in range(0, len(files.entries), FILES_PER_PART):
+            parts.append(scratch / f"{start // FILES_PER_PART:06}")
+            entries = files.entries[start : start + FILES_PER_PART]
+            _write_json(parts[-1], [astuple(entry) for entry in entries])
+        with self._errors(), beam.Pipeline(self._runner(), self._options()) as pipeline:
             names = pipeline | beam.Create([str(part) for part in parts]) | beam.Reshuffle()
-            _ = names | beam.ParDo(_Look(source.resolve(), size, finder))
-        found = collected(files.entries, _results(files.entries, parts), _Stored(raw, size))
-        found.sheet.draw(lambda there: _drawn(there, files.read, size, finder))
-        yield found
-        shutil.rmtree(raw)
+            _ = names | beam.ParDo(_ExamineParts(files.source.resolve(), size, detector))
+        results = _read_results(files.entries, parts)
+        gathered = collect(files.entries, results, _StoredPixels(scratch, size))
+        gathered.sheet.redraw(lambda stand_in: _draw(stand_in, files.read, size, detector))
+        yield gathered
+        shutil.rmtree(scratch)
 
-    def write(
+    def write_split(
         self,
         folder: Path,
-        found: Gathered,
-        chosen: Iterable[tuple[int, records.Texts]],
+        gathered: Gathered,
+        selected: Iterable[tuple[int, records.Metadata]],
         *,
         size: int,
         split: str,
     ) -> tfds.core.SplitInfo:
-        """Write one split: images by number, and what is known of them."""
-        stored: _Stored = found.pixels
-        most = max(1, min(SHARD_RECORDS, SHARD_BYTES // (3 * size * size)))
-        chosen, plans, lengths = iter(chosen), [], []
-        while some := [(stored.places[i], texts) for i, texts in itertools.islice(chosen, most)]:
+        """Write the records of one split: the selected images by index, and their metadata."""
+        stored: _StoredPixels = gathered.pixels
+        shard_size = max(1, min(MAX_SHARD_RECORDS, MAX_SHARD_BYTES // (3 * size * size)))
+        located = ((stored.locations[i], metadata) for i, metadata in selected)
+        plans, lengths = [], []
+        while plan := list(itertools.islice(located, shard_size)):
             plans.append(stored.folder / f"{split}-{len(plans):06}")
-            _write(plans[-1], some)
-            lengths.append(len(some))
+            _write_json(plans[-1], plan)
+            lengths.append(len(plan))
         faces = Faces(stored.folder, size=size, split=split, plans=plans)
-        how = tfds.download.DownloadConfig(beam_runner=self._start(), beam_options=self._settings())
-        with self._running():
-            faces.download_and_prepare(download_config=how)
+        config = tfds.download.DownloadConfig(
+            beam_runner=self._runner(), beam_options=self._options()
+        )
+        with self._errors():
+            faces.download_and_prepare(download_config=config)
         for file in Path(faces.data_dir).glob("*.array_record-*"):
             file.rename(folder / file.name)
-        shutil.rmtree(faces.data_dir)  # or the next split would be taken for prepared
+        shutil.rmtree(faces.data_dir)  # or TFDS would take the next split for prepared
         return records.split_info(folder, split=split, lengths=lengths)
 
     def check(self) -> None:
-        """UserError if there is no such runner, or it cannot do with these options."""
+        """Raise UserError if there is no such runner, or it does not accept these options."""
         name, errors = f"--beam {self.runner}", io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                self._settings().get_all_options(retain_unknown_options=True)
+                self._options().get_all_options(retain_unknown_options=True)
         except SystemExit:  # argparse's
-            wrong = errors.getvalue().rpartition("error: ")[2].strip()
-            raise UserError(f"--beam-options: {wrong}.") from None
+            problem = errors.getvalue().rpartition("error: ")[2].strip()
+            raise UserError(f"--beam-options: {problem}.") from None
         try:
-            runner = self._start()
-        except Exception as error:  # whatever the import of that name makes of it
+            runner = self._runner()
+        except Exception as error:  # whatever importing that name raises
             raise UserError(f"{name}: {error}") from None
         if not isinstance(runner, PipelineRunner):
             raise UserError(f"{name} is no runner of Apache Beam.")
-        if wrong := PipelineOptionsValidator(self._settings(), runner).validate():
-            raise UserError(f"{name} wants more --beam-options: {' '.join(wrong)}")
+        if problems := PipelineOptionsValidator(self._options(), runner).validate():
+            raise UserError(f"{name} wants more --beam-options: {' '.join(problems)}")
 
-    def _start(self) -> PipelineRunner:
-        # Beam's DirectRunner first fetches a program from GitHub, and does without if it cannot.
+    def _runner(self) -> PipelineRunner:
+        # Beam's DirectRunner first downloads a program from GitHub, and works without it too.
         if self.runner.lower() in ("direct", "directrunner"):
             return FnApiRunner()
         return create_runner(self.runner)
 
-    def _settings(self) -> PipelineOptions:
+    def _options(self) -> PipelineOptions:
         return PipelineOptions(list(self.options))
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """What goes wrong in a pipeline is one line; Beam has logged the rest where it happened."""
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of a pipeline into UserErrors of one line; Beam has logged the rest."""
         try:
-            # Workers in this process set filters of warnings, and TFDS speaks of downloads.
+            # Workers in this process set warning filters, and TFDS prints about downloads.
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 yield
-        except Exception as error:  # of any kind, or its traceback as a text: so are the runners
+        except Exception as error:  # of any class, or a traceback as text: runners differ
             lines = str(error).strip().splitlines() or [type(error).__name__]
             message = lines[-1].partition(" [while running")[0]
             message = message.removeprefix("vaejax.errors.UserError: ").rstrip(".")
             raise UserError(f"--beam {self.runner}: {message}; nothing was kept.") from error
 
 
-def on(runner: str, options: str) -> Beam:
-    """The workers of this runner; UserError if they cannot be had."""
+def runner_from_flags(runner: str, options: str) -> Beam:
+    """Return the workers of a runner. Raises UserError if there is no such runner or option."""
     try:
         workers = Beam(runner, tuple(shlex.split(options)))
     except ValueError as error:
@@ -153,95 +164,97 @@ def on(runner: str, options: str) -> Beam:
     return workers
 
 
-# The first pass: the files are looked at
+# The first pass: examine the files ----------------------------------------------------------------
 
-_Place = tuple[str, int]  # a file of pixels, and which image of it
+_Location = tuple[str, int]  # a file of pixels, and the index of an image in it
 
 
-class _Stored:
-    """Images of one size in the files of a folder, by number."""
+class _StoredPixels:
+    """Images of one size in the files of a folder, by index."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self._size = folder, size
-        self.places: list[_Place] = []
+        self.locations: list[_Location] = []
 
-    def append(self, place: _Place) -> None:
-        self.places.append(place)
+    def append(self, location: _Location) -> None:
+        self.locations.append(location)
 
-    def __getitem__(self, number: int) -> UInt8[np.ndarray, "size size 3"]:
-        return _pixels(*self.places[number], self._size)
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        return _read_pixels(*self.locations[index], self._size)
 
 
-class _Look(beam.DoFn):
-    """Decode the files that a part of the listing names."""
+class _ExamineParts(beam.DoFn):
+    """Examine the files that a part of the listing names."""
 
-    def __init__(self, source: Path, size: int, finder: Finder | None):
-        self._source, self._size, self._finder = source, size, finder
+    def __init__(self, source: Path, size: int, detector: Detector | None):
+        self._source, self._size, self._detector = source, size, detector
 
     def setup(self) -> None:
-        warnings.filterwarnings("ignore", module="PIL")  # as `gather` does
+        warnings.filterwarnings("ignore", module="PIL")  # as Threads does
         self._open = contextlib.ExitStack()
-        self._bytes_of = self._open.enter_context(reader(self._source))
+        self._read = self._open.enter_context(open_reader(self._source))
 
     def process(self, element: str) -> None:
         facts = []
-        with _replaced(f"{element}.pixels") as path, path.open("wb") as file:
+        with _unshared(f"{element}.pixels") as path, path.open("wb") as file:
             pixels = Pixels(file, self._size)
-            for fields in _read(Path(element)):
-                result = _examine(Entry(*fields), self._bytes_of, self._size, self._finder)
+            for fields in read_json(Path(element)):
+                result = examine(Entry(*fields), self._read, self._size, self._detector)
                 if isinstance(result, Refused):
                     facts.append(result.reason)
                 else:
-                    faces = None if result.seen is None else result.seen.faces
+                    faces = None if result.thumbnail is None else result.thumbnail.faces
                     facts.append([result.sha256, result.dimensions, faces])
                     pixels.append(result.pixels)
-        with _replaced(f"{element}.facts") as path:
-            _write(path, facts)
+        with _unshared(f"{element}.facts") as path:
+            _write_json(path, facts)
 
     def teardown(self) -> None:
         self._open.close()
 
 
 @dataclass(frozen=True)
-class _There(Seen):
-    """A picture that a worker saw: its thumbnail is drawn here, if the sheet shows it."""
+class _StandIn(Thumbnail):
+    """A thumbnail that a worker has not stored: it is drawn here, if the sheet shows it."""
 
     entry: Entry
 
 
-def _results(entries: Iterable[Entry], parts: Iterable[Path]) -> Iterator[_Examined | Refused]:
-    """What came of the files, in the order of the listing; their pixels stay where they are."""
-    none = np.zeros((1, 1, 3), np.uint8)
-    entry_of = iter(entries)
+def _read_results(entries: Iterable[Entry], parts: Iterable[Path]) -> Iterator[Examined | Refused]:
+    """Read the workers' results in the order of the listing; the pixels stay where they are."""
+    blank = np.zeros((1, 1, 3), np.uint8)
+    remaining = iter(entries)
     for part in parts:
-        count = itertools.count()
-        for fact, entry in zip(_read(Path(f"{part}.facts")), entry_of, strict=False):
+        indices = itertools.count()
+        for fact, entry in zip(read_json(Path(f"{part}.facts")), remaining, strict=False):
             if isinstance(fact, str):
-                yield _NoFace(_There(none, 0, entry)) if fact == NO_FACE else Refused(fact)
+                yield NoFace(_StandIn(blank, 0, entry)) if fact == NO_FACE else Refused(fact)
             else:
                 sha256, (width, height), faces = fact
-                seen = None if faces is None else _There(none, faces, entry)
-                place = (f"{part}.pixels", next(count))
-                yield _Examined(sha256, (width, height), place, seen)
+                thumbnail = None if faces is None else _StandIn(blank, faces, entry)
+                location = (f"{part}.pixels", next(indices))
+                yield Examined(sha256, (width, height), location, thumbnail)
 
 
-def _drawn(there: Any, read: Callable[[Entry], bytes], size: int, finder: Finder | None) -> Seen:
-    result = _examine(there.entry, read, size, finder)
-    if not isinstance(result, _NoFace | _Examined) or result.seen is None:
-        raise UserError(f"{there.entry.path} changed while it was prepared; nothing was kept.")
-    return result.seen
+def _draw(
+    stand_in: Any, read: Callable[[Entry], bytes], size: int, detector: Detector | None
+) -> Thumbnail:
+    result = examine(stand_in.entry, read, size, detector)
+    if not isinstance(result, NoFace | Examined) or result.thumbnail is None:
+        raise UserError(f"{stand_in.entry.path} changed while it was prepared; nothing was kept.")
+    return result.thumbnail
 
 
-def _pixels(path: str, number: int, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def _read_pixels(path: str, index: int, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     with open(path, "rb") as file:
-        return Pixels(file, size)[number]
+        return Pixels(file, size)[index]
 
 
-# The second pass: the records are written
+# The second pass: write the records ---------------------------------------------------------------
 
 
 class Faces(tfds.core.ShardBasedBuilder):
-    """One split of a prepared set, a shard a plan."""
+    """One split of a prepared set, of which each plan is a shard."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -261,37 +274,36 @@ class Faces(tfds.core.ShardBasedBuilder):
 
 class _Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nobody has published it, and to look would leave an empty folder in /tmp."""
+        """Do nothing: the set is not published, and the lookup leaves an empty folder in /tmp."""
 
 
 class _Writer(ExampleWriter):
-    """Writes files as they are without Beam: TFDS's own are packed."""
+    """Writes the files that `records.write_records` writes: those of TFDS are compressed."""
 
     def write(self, path: Any, examples: Iterable[Any]) -> None:
-        with _replaced(path) as partial:
-            records.save(partial, (example for _, example in examples))
+        with _unshared(path) as partial:
+            records.write_records(partial, (example for _, example in examples))
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, ((path, place), texts) in enumerate(_read(plan)):
-        yield number, {"image": _pixels(path, place, size), **texts}
+    for key, ((path, index), metadata) in enumerate(read_json(plan)):
+        yield key, {"image": _read_pixels(path, index, size), **metadata}
 
 
-# Files that all workers see
+# Files that all workers see -----------------------------------------------------------------------
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _write_json(path: Path, value: Any) -> None:
+    # in ASCII, unlike files.write_json: paths that are not UTF-8 have no other form
+    path.write_text(json.dumps(value), encoding="ascii")
 
 
 @contextlib.contextmanager
-def _replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write, under its name when it is whole: a runner gives the same work to another
-    worker when one dies or takes long."""
+def _unshared(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path that no other worker writes to, and rename it to `path` at the end.
+
+    A runner gives the same work to another worker when one dies or is slow.
+    """
     partial = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}")
     yield partial
     os.replace(partial, path)

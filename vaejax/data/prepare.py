@@ -1,8 +1,8 @@
-"""Folder or zip of images -> a prepared set: decoded, checked, resized and split, once and for all.
+"""Prepare a folder or a zip of images as a data set: decoded, checked, resized and split, once.
 
-When all hashes are known the splits are, and the records are written in the order of the hashes:
-as good as shuffled, and the same whatever the number of threads, the names of the files or their
-place.
+The splits follow from the hashes of all files, and the records are written in the order of the
+hashes: as good as shuffled, and the same whatever the number of threads, or the names and the
+location of the files.
 """
 
 import hashlib
@@ -15,42 +15,36 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vaejax import cache, pictures
-from vaejax.data import records, sheet
-from vaejax.data.faces import Crop, Finder
-from vaejax.data.gather import Gathered
+from vaejax import pictures
+from vaejax.data import faces, records
+from vaejax.data.faces import Crop, Detector
+from vaejax.data.gather import Gathered, Threads, Workers
 from vaejax.data.records import builder
-from vaejax.data.report import of_images, summary
-from vaejax.data.sources import Entry, Listing, listing, printable
-from vaejax.data.splits import INTERVALS, persons, splits
-from vaejax.data.whole import appearing
-from vaejax.data.workers import Threads, workers
+from vaejax.data.sources import Entry, Listing, open_source
+from vaejax.data.splits import INTERVALS, assign_splits, person_names
 from vaejax.errors import UserError
-from vaejax.files import whole
+from vaejax.files import atomic_folder, cache_folder, printable, write_json
 
-if TYPE_CHECKING:
-    from vaejax.data.beam import Beam
+__all__ = ["builder", "find_prepared", "prepare"]
 
-__all__ = ["builder", "look", "prepare"]
-
-MOST_REFUSED = 0.05  # of the files; more than that is a mistake, not an accident
-FEWEST = 3  # different images: one to learn from, two to hold out
+MAX_REFUSED = 0.05  # of the files; more than that is a mistake, not an accident
+MIN_IMAGES = 3  # different ones: one for training, two held out
 
 
 @dataclass(frozen=True)
 class _Job:
-    source: Path
     files: Listing
-    key: str  # says which listing at which size, cropped how
+    key: str  # identifies the listing, the size and the crop
     size: int
     folder: Path
-    by: "Threads | Beam"
-    finder: Finder | None
+    workers: Workers
+    detector: Detector | None
     debug_sheet: Path | None
+    say: Callable[[str], None]
 
 
 def prepare(
@@ -58,114 +52,127 @@ def prepare(
     *,
     size: int,
     out: Path | None = None,
-    allow_refused: bool = False,
-    threads: int | None = None,
-    beam: str | None = None,
-    beam_options: str = "",
-    say: Callable[[str], None] = print,
     crop: Crop | None = None,
     debug_sheet: Path | None = None,
+    allow_refused: bool = False,
+    workers: Workers | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """The prepared set of a folder or a zip, at `size` x `size` pixels; made if it is not there.
+    """Prepare a folder or a zip of images at `size` x `size` pixels, unless this was done before.
 
-    Without `out` it lies in the user's cache, under a name that follows from the source's path and
-    listing: the same call finds it again, and a changed source makes another. A source that is a
-    prepared set already is handed back.
+    Args:
+        out: the folder of the prepared set. Without it the set lies in the user's cache, under a
+            name that follows from the source's path and listing: the same call finds it again, and
+            a changed source makes another one. A source that is a prepared set is returned as it
+            is.
+        crop: crop every picture to its largest face.
+        debug_sheet: a PNG that shows where faces were detected. It is written even if so many
+            pictures have no face that this is an error. The prepared set has a copy.
+        allow_refused: accept that more than 5 % of the files cannot be used.
+        workers: who does the work; None for one thread per core. Workers of Apache Beam must see
+            `source`, `out` and the crop's cascade under these paths; the set is the same.
+        say: is called with each line of progress.
 
-    With `crop` a picture is its largest face; a sheet shows which were found where. It lies in the
-    prepared set, and at `debug_sheet` too, even when so many have none that this is an error.
-
-    With `beam` a runner of Apache Beam does the work (DirectRunner, FlinkRunner, DataflowRunner or
-    another), and the set is the same. Its workers must see `source`, `out` and the crop's cascade
-    under these paths; `beam_options` are what one would write on Beam's command line.
+    Returns the folder of the prepared set. Raises UserError, and keeps nothing, if the source
+    cannot be used, or `out` holds anything else.
     """
     source = Path(source)
-    finder = None if crop is None else Finder(crop)
-    if debug_sheet is not None and finder is None:
+    detector = None if crop is None else Detector(crop)
+    if debug_sheet is not None and detector is None:
         raise UserError("--debug-sheet shows which faces were found: add --crop-faces.")
     if records.is_prepared(source):
-        folder = _prepared_already(source, size=size, out=out, finder=finder)
-        sheet.refuse_no_place(debug_sheet, outside=[folder])
-        sheet.copy(folder, debug_sheet)
+        folder = _check_prepared_source(source, size=size, out=out, detector=detector)
+        faces.check_sheet_path(debug_sheet, outside=[folder])
+        faces.copy_sheet(folder, debug_sheet)
         return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
-    by = workers(beam, beam_options, threads=threads, say=say)
-    with listing(source) as files:
-        key = _listing_key(files.entries, size, finder)
+    with open_source(source) as files:
+        key = _listing_key(files.entries, size, detector)
         folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
-        sheet.refuse_no_place(debug_sheet, outside=[source, folder])
+        faces.check_sheet_path(debug_sheet, outside=[source, folder])
+        workers = Threads() if workers is None else workers
+        job = _Job(files, key, size, folder, workers, detector, debug_sheet, say)
         try:
-            if _is_there(folder, key):
-                sheet.copy(folder, debug_sheet)
+            if _holds(folder, key):
+                faces.copy_sheet(folder, debug_sheet)
                 say(f"Using the prepared set {printable(folder)}.")
                 return folder
-            _check_place(folder, source)
-            with appearing(folder) as partial:
-                job = _Job(source, files, key, size, folder, by, finder, debug_sheet)
-                _check_room(partial, job)
+            _check_location(folder, source)
+            with atomic_folder(folder) as partial:
+                _check_free_space(partial, job)
                 report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
-            _is_there(folder, key)
+            _holds(folder, key)
             return folder
-        except BrokenPipeError:  # nobody listens to `say`
+        except BrokenPipeError:  # nobody reads what `say` prints
             raise
         except OSError as error:
             message = f"cannot write {printable(folder)}: {error.strerror}; nothing was kept."
             raise UserError(message) from None
-    say(f"{summary(report)} They are in {printable(folder)}.")
+    say(f"{_summary(report)} They are in {printable(folder)}.")
     return folder
 
 
-def look(source: Path, *, size: int, crop: Crop | None = None) -> tuple[Path | None, int]:
-    """What `prepare` would start from, without preparing it: the prepared set, if it is there in
-    the cache or the source is one, and how many images or files there are."""
+def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple[Path | None, int]:
+    """Find what `prepare` would start from, and write nothing.
+
+    Returns the prepared set and its number of images, if the source is one or the cache holds one;
+    else None and the number of files in the source.
+    """
     source = Path(source)
-    finder = None if crop is None else Finder(crop)
+    detector = None if crop is None else Detector(crop)
     if records.is_prepared(source):
-        folder = _prepared_already(source, size=size, out=None, finder=finder)
+        folder = _check_prepared_source(source, size=size, out=None, detector=detector)
         return folder, records.check(folder)["accepted"]
-    with listing(source) as files:
-        folder = _cache_folder(source, size, _listing_key(files.entries, size, finder))
+    with open_source(source) as files:
+        folder = _cache_folder(source, size, _listing_key(files.entries, size, detector))
         return (folder if records.is_prepared(folder) else None), len(files.entries)
 
 
-# Where it lies
+# Where a prepared set lies ------------------------------------------------------------------------
 
 
-def _prepared_already(source: Path, *, size: int, out: Path | None, finder: Finder | None) -> Path:
+def _check_prepared_source(
+    source: Path, *, size: int, out: Path | None, detector: Detector | None
+) -> Path:
+    """Return a source that is a prepared set. Raises UserError if it is not the requested one."""
     report = records.check(source)
-    found = report["size"]
-    if found != size:
+    prepared_size = report["size"]
+    if prepared_size != size:
         raise UserError(
-            f"{printable(source)} is prepared at {found}x{found}, not {size}x{size}. "
-            f"Use --size {found}, or prepare the original images again."
+            f"{printable(source)} is prepared at {prepared_size}x{prepared_size}, not "
+            f"{size}x{size}. Use --size {prepared_size}, or prepare the original images again."
         )
-    if finder is not None:
-        finder.refuse_other(source, report.get("crop"))
+    if detector is not None:
+        detector.check_same_crop(source, report.get("crop"))
     if out is not None and Path(out).resolve() != source.resolve():
         raise UserError(f"{printable(source)} is prepared already: leave out --out.")
     return source
 
 
-def _listing_key(entries: Iterable[Entry], size: int, finder: Finder | None) -> str:
+def _listing_key(entries: Iterable[Entry], size: int, detector: Detector | None) -> str:
+    """Hash everything that a prepared set depends on, but for the contents of the files."""
     key = hashlib.sha256(f"{records.FORMAT}, {size} pixels\n".encode())
-    if finder is not None:
-        key.update(json.dumps(finder.identity).encode())
+    if detector is not None:
+        key.update(json.dumps(detector.identity).encode())
     for entry in entries:
         key.update(json.dumps([entry.path, entry.size, entry.stamp]).encode())
     return key.hexdigest()
 
 
 def _cache_folder(source: Path, size: int, key: str) -> Path:
-    full = source.resolve()
-    name = re.sub(r"[^\w.-]+", "_", printable(full.stem if full.is_file() else full.name))[:60]
-    digest = hashlib.sha256(os.fsencode(full) + key.encode()).hexdigest()
-    return cache.folder() / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
+    path = source.resolve()
+    name = re.sub(r"[^\w.-]+", "_", printable(path.stem if path.is_file() else path.name))[:60]
+    digest = hashlib.sha256(os.fsencode(path) + key.encode()).hexdigest()
+    return cache_folder() / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
 
 
-def _is_there(folder: Path, key: str) -> bool:
-    """Whether the folder is what was asked for; UserError if it is anything else that is full."""
+def _holds(folder: Path, key: str) -> bool:
+    """Return whether the folder holds the prepared set with this key.
+
+    Raises UserError if it holds anything else, or another version of vaejax has written it.
+    """
     if records.is_prepared(folder):
         report = records.check(folder)
         if report["listing"] == key:
@@ -184,14 +191,14 @@ def _is_there(folder: Path, key: str) -> bool:
     return False
 
 
-def _check_place(folder: Path, source: Path) -> None:
+def _check_location(folder: Path, source: Path) -> None:
     if folder.is_relative_to(source.resolve()):
         raise UserError(f"{printable(folder)} lies among the images. Choose another --out.")
     if folder.is_mount():  # nothing can be renamed to it
         raise UserError(f"{printable(folder)} is a mount point. Choose a folder inside it.")
 
 
-def _check_room(partial: Path, job: _Job) -> None:
+def _check_free_space(partial: Path, job: _Job) -> None:
     files, size = len(job.files.entries), job.size
     needed, free = 2 * files * size * size * 3, shutil.disk_usage(partial).free
     if needed > free:
@@ -201,93 +208,158 @@ def _check_room(partial: Path, job: _Job) -> None:
         )
 
 
-# What goes into it
+# What a prepared set holds ------------------------------------------------------------------------
 
 
 def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
+    """Write everything into an empty folder, and return the report."""
     start = time.monotonic()
-    raw = partial / "pixels"
-    with job.by.gathered(job.files, raw, job.source, size=job.size, finder=job.finder) as found:
-        if job.finder is not None and job.files.entries:
-            found.sheet.save(partial / sheet.NAME)
-            sheet.copy(partial, job.debug_sheet)
-        _judge(found, job, allow_refused=allow_refused)
-        written = _write_images(partial, found, job)
+    with job.workers.gather(
+        job.files, partial / "pixels", size=job.size, detector=job.detector, say=job.say
+    ) as gathered:
+        if job.detector is not None and job.files.entries:
+            gathered.sheet.save(partial / faces.SHEET_NAME)
+            faces.copy_sheet(partial, job.debug_sheet)
+        _check_enough(gathered, job, allow_refused=allow_refused)
+        split_facts = _write_images(partial, gathered, job)
     report = {
         "format": records.FORMAT,
-        "source": printable(job.source.resolve()),
+        "source": printable(job.files.source.resolve()),
         "size": job.size,
         "seconds": round(time.monotonic() - start, 3),
         "ignored": job.files.ignored,
         "listing": job.key,
-        **of_images(found, job.size, job.finder),
-        **written,
+        **_image_facts(gathered, job.size, job.detector),
+        **split_facts,
     }
-    report = records.complete(report, partial)
-    _write_json(partial / "report.json", report)
+    report = records.seal(report, partial)
+    write_json(partial / records.REPORT, report)
     _refusals_file(job).unlink(missing_ok=True)
     return report
 
 
-def _write_images(partial: Path, found: Gathered, job: _Job) -> dict[str, Any]:
-    """The records and the contact sheet; what is known of them by then, for the report."""
-    people = persons(found.paths)
-    split_of = splits(found.hashes, people)
-    order = sorted(range(len(found.paths)), key=lambda i: (found.hashes[i], found.paths[i]))
+def _write_images(partial: Path, gathered: Gathered, job: _Job) -> dict[str, Any]:
+    """Write the records and the contact sheet; return the report's facts on splits and persons."""
+    persons = person_names(gathered.paths)
+    split_of = assign_splits(gathered.hashes, persons)
+    order = sorted(
+        range(len(gathered.paths)), key=lambda i: (gathered.hashes[i], gathered.paths[i])
+    )
 
-    def of(split: str) -> Iterator[tuple[int, records.Texts]]:
+    def select(split: str) -> Iterator[tuple[int, records.Metadata]]:
         for i in order:
             if split_of[i] == split:
-                yield i, {"person": people[i], "path": found.paths[i], "sha256": found.hashes[i]}
+                path, digest = gathered.paths[i], gathered.hashes[i]
+                yield i, {"person": persons[i], "path": path, "sha256": digest}
 
     folder, size = partial / "records", job.size
     folder.mkdir()
-    written = [job.by.write(folder, found, of(name), size=size, split=name) for name in INTERVALS]
-    records.describe(folder, size=size, splits=written)
-    sheet = np.stack([found.pixels[i] for i in order[:64]])
-    pictures.save(partial / "contact_sheet.png", pictures.grid(sheet, columns=8))
+    infos = [
+        job.workers.write_split(folder, gathered, select(split), size=size, split=split)
+        for split in INTERVALS
+    ]
+    records.write_metadata(folder, size=size, splits=infos)
+    images = np.stack([gathered.pixels[i] for i in order[:64]])
+    pictures.save_png(partial / "contact_sheet.png", pictures.grid(images, columns=8))
     return {
-        "splits": {name: split_of.count(name) for name in INTERVALS},
-        "persons": len(set(people) - {""}),
+        "splits": {split: split_of.count(split) for split in INTERVALS},
+        "persons": len(set(persons) - {""}),
     }
 
 
-# What cannot be prepared
+# The preparation report ---------------------------------------------------------------------------
 
 
-def _judge(found: Gathered, job: _Job, *, allow_refused: bool) -> None:
-    """UserError if there is too little to learn from, or too much that is refused."""
-    source, files = printable(job.source), len(job.files.entries)
+def _image_facts(gathered: Gathered, size: int, detector: Detector | None) -> dict[str, Any]:
+    """Return the report's facts on files and images; "crop" says how faces were detected."""
+    facts = {
+        "accepted": len(gathered.paths),
+        "refused": gathered.refused,
+        "duplicates": _duplicates(gathered),
+        "sizes": _sizes(gathered.dimensions),
+        "fingerprint": _fingerprint(gathered.hashes, size, detector),
+    }
+    if detector is not None:
+        cascade = {"cascade": printable(detector.cascade.name)}
+        facts["crop"] = {**cascade, **detector.identity, "several_faces": gathered.several_faces}
+    return facts
+
+
+def _duplicates(gathered: Gathered) -> list[list[str]]:
+    paths_of: dict[str, list[str]] = {}
+    for path, digest in zip(gathered.paths, gathered.hashes, strict=True):
+        paths_of.setdefault(digest, []).append(path)
+    return [paths for paths in paths_of.values() if len(paths) > 1]
+
+
+def _sizes(dimensions: Counter[tuple[int, int]]) -> dict[str, Any]:
+    """Describe the sizes of the files' images, in pixels."""
+    sizes = np.repeat(np.array(list(dimensions)), list(dimensions.values()), axis=0)  # [n 2]
+    sides = {
+        side: {
+            "min": int(values.min()),
+            "median": float(np.median(values)),
+            "max": int(values.max()),
+        }
+        for side, values in zip(("width", "height"), sizes.T, strict=True)
+    }
+    common = {f"{w}x{h}": count for (w, h), count in dimensions.most_common(5)}
+    return {**sides, "most_common": common}
+
+
+def _fingerprint(hashes: Iterable[str], size: int, detector: Detector | None) -> str:
+    """Hash the images, their size and crop, but neither their names nor their location."""
+    crop = [] if detector is None else [json.dumps(detector.identity)]
+    return hashlib.sha256("\n".join([*sorted(hashes), str(size), *crop]).encode()).hexdigest()
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """Summarize a report in one sentence."""
+    parts = ", ".join(f"{count:,} {name}" for name, count in report["splits"].items())
+    duplicates = sum(len(paths) - 1 for paths in report["duplicates"])
+    persons = f" of {report['persons']:,} persons" if report["persons"] else ""
+    crop = ""
+    if "crop" in report:
+        none = sum(refusal["reason"] == faces.NO_FACE for refusal in report["refused"])
+        crop = f" {report['crop']['several_faces']:,} with several faces and {none:,} with none,"
+    return (
+        f"Prepared {report['accepted']:,} images{persons} from {report['source']} at "
+        f"{report['size']}x{report['size']} ({parts}); {len(report['refused']):,} files "
+        f"refused,{crop} {duplicates:,} duplicates kept, {report['seconds']:.1f} s."
+    )
+
+
+# What cannot be prepared --------------------------------------------------------------------------
+
+
+def _check_enough(gathered: Gathered, job: _Job, *, allow_refused: bool) -> None:
+    """Raise UserError if there are too few images, or too many files are refused."""
+    source, files = printable(job.files.source), len(job.files.entries)
     kinds = "vaejax reads jpg png webp bmp gif tiff ppm"
     if not files:
         raise UserError(f"no images in {source}: no file there could be one ({kinds}).")
-    counts = Counter(refusal["reason"] for refusal in found.refused).most_common()
+    counts = Counter(refusal["reason"] for refusal in gathered.refused).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
-    hint = sheet.hint(job.debug_sheet) if job.finder else ""
-    if not found.paths:
+    hint = faces.sheet_hint(job.debug_sheet) if job.detector else ""
+    if not gathered.paths:
         raise UserError(
             f"no usable images in {source} (0 of {files:,} files): {reasons}. {kinds}.{hint}"
         )
-    if len(found.refused) > MOST_REFUSED * files and not allow_refused:
-        _write_json(_refusals_file(job), found.refused)
-        examples = ", ".join(refusal["path"] for refusal in found.refused[:3])
+    if len(gathered.refused) > MAX_REFUSED * files and not allow_refused:
+        write_json(_refusals_file(job), gathered.refused)
+        examples = ", ".join(refusal["path"] for refusal in gathered.refused[:3])
         raise UserError(
-            f"{len(found.refused):,} of {files:,} files of {source} cannot be used: {reasons}; for "
-            f"example {examples}. All are listed in {printable(_refusals_file(job))}. Mend or "
+            f"{len(gathered.refused):,} of {files:,} files of {source} cannot be used: {reasons}; "
+            f"for example {examples}. All are listed in {printable(_refusals_file(job))}. Mend or "
             f"remove them, or leave them out by --allow-refused.{hint}"
         )
-    different = len(set(found.hashes))
-    if different < FEWEST:
+    different = len(set(gathered.hashes))
+    if different < MIN_IMAGES:
         raise UserError(
-            f"only {different} different images in {source} ({len(found.refused)} of {files} files "
-            f"refused{': ' + reasons if reasons else ''}): at least {FEWEST} are needed."
+            f"only {different} different images in {source} ({len(gathered.refused)} of {files} "
+            f"files refused{': ' + reasons if reasons else ''}): at least {MIN_IMAGES} are needed."
         )
 
 
 def _refusals_file(job: _Job) -> Path:
     return job.folder.with_name(f"{job.folder.name}.refused.json")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

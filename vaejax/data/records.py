@@ -1,19 +1,20 @@
-"""A prepared set on disk: a TFDS data set of ArrayRecords, a report, a contact sheet.
+"""A prepared data set on disk: a TFDS data set of ArrayRecords, a report, a contact sheet.
 
-    report.json          what was accepted, refused and doubled; the last file to be written
+    dataset_report.json  what was accepted, refused and duplicated; the last file to be written
     contact_sheet.png    64 of the images
-    faces_sheet.png      where faces were found, if the images were cropped to them
-    records/             what `tfds.builder_from_directory` reads: no TensorFlow, nothing to decode
+    faces_sheet.png      where faces were detected, if the images were cropped to them
+    records/             read by `tfds.builder_from_directory`: no TensorFlow, nothing to decode
 
-The records are written by TFDS's own features and described by its `write_metadata`, not by a
-`GeneratorBasedBuilder`: that one holds a split in memory up to 1 GB, and beyond that, with no
-TensorFlow installed, it dies. On Apache Beam a TFDS builder writes them: `beam.py`.
+TFDS's features serialize the records and its `write_metadata` describes them. Its own
+`GeneratorBasedBuilder` holds a split of up to 1 GB in memory and fails beyond that if TensorFlow is
+not installed. On Apache Beam a TFDS builder writes the records: `beam.py`.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -21,14 +22,18 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from jaxtyping import UInt8
 
-from vaejax.data.sources import printable
 from vaejax.errors import UserError
+from vaejax.files import printable, read_json
 
 if TYPE_CHECKING:
-    import tensorflow_datasets as tfds  # half a second, which most commands need not spend
+    import tensorflow_datasets as tfds  # its import takes half a second, which few commands need
 
-FORMAT = "vaejax prepared set 2"  # another number when old sets can no longer be read
-_NEEDED = {
+REPORT = "dataset_report.json"
+FORMAT = "vaejax prepared set 3"  # raise the number when older sets can no longer be read
+
+_REPORTS = (REPORT, "report.json")  # the latter up to format 2
+_ANY_FORMAT = re.compile(r"vaejax prepared set \d+")
+_REQUIRED = {
     "source": str,
     "size": int,
     "accepted": int,
@@ -39,66 +44,96 @@ _NEEDED = {
 }
 
 
-class Texts(TypedDict):
-    """Whose face it is ("" if not known), where it came from, the hash of the file."""
+class Metadata(TypedDict):
+    """What is known of an image besides its pixels."""
 
-    person: str
-    path: str
-    sha256: str
+    person: str  # "" if unknown
+    path: str  # in the source
+    sha256: str  # of the file, in hex
 
 
-class Record(Texts):
+class Record(Metadata):
     """One example."""
 
     image: UInt8[np.ndarray, "size size 3"]
 
 
+# Reading ------------------------------------------------------------------------------------------
+
+
 def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotations are wrong
-    """TFDS's reader of a prepared set: `builder(folder).as_data_source("train")[0]["image"]`."""
+    """Return TFDS's reader of a prepared set, as in `builder(folder).as_data_source("train")`.
+
+    Raises UserError if it is no prepared set, or a damaged one.
+    """
     size = check(prepared)["size"]
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
     folder = Path(prepared) / "records"
     try:
-        # TFDS imports whatever class is named there
-        found = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-        if found != json.loads(json_format.MessageToJson(features(size).to_proto())):
+        # compared first, because TFDS imports whatever class the file names
+        if read_json(folder / "features.json") != json.loads(
+            json_format.MessageToJson(features(size).to_proto())
+        ):
             raise ValueError("other features")
         return tfds.builder_from_directory(os.fspath(folder))
-    except Exception:  # whatever its parsers of JSON make of damage
+    except Exception:  # whatever its parsers of JSON raise for damage
         raise damaged(prepared, "its metadata cannot be read") from None
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether this is a prepared set, be it damaged."""
-    return _report(folder) is not None
+    """Return whether a folder is a prepared set, be it damaged or of another version."""
+    return format_of(folder) is not None
 
 
-def read_report(prepared: Path) -> dict[str, Any]:
-    report = _report(prepared)
-    if report is None:
+def format_of(folder: Path) -> str | None:
+    """Return the format of a prepared set, or None if the folder is no prepared set."""
+    for name in _REPORTS:
+        if (report := _read_report(Path(folder) / name)) is not None:
+            return report["format"]
+    return None
+
+
+def read_dataset_report(prepared: Path) -> dict[str, Any]:
+    """Read the report of a prepared set.
+
+    Raises UserError if the folder is no prepared set, was written by another version of vaejax, or
+    if its report is damaged.
+    """
+    written_as = format_of(prepared)
+    if written_as is None:
         raise UserError(
-            f"{printable(prepared)} is not a prepared data set: no report.json of vaejax in it. "
+            f"{printable(prepared)} is not a prepared data set: no {REPORT} of vaejax in it. "
             "`vaejax prepare` makes one of a folder or a zip of images."
         )
-    if not _is_sealed(report):
-        raise damaged(prepared, "report.json is not as it was written")
-    for name, kind in _NEEDED.items():
+    if written_as != FORMAT:
+        raise UserError(
+            f"the prepared data set {printable(prepared)} was written by another version of vaejax "
+            f'(as "{written_as}", and this one reads "{FORMAT}"). It is left as it is: prepare the '
+            "original images again, in another folder."
+        )
+    report = _read_report(Path(prepared) / REPORT)
+    if report is None or not _is_sealed(report):
+        raise damaged(prepared, f"{REPORT} is not as it was written")
+    for name, kind in _REQUIRED.items():
         if not isinstance(report.get(name), kind):
-            raise damaged(prepared, f'report.json has no "{name}"')
+            raise damaged(prepared, f'{REPORT} has no "{name}"')
     return report
 
 
 def check(prepared: Path) -> dict[str, Any]:
-    """The report of a prepared set whose files are all there and as long as they were, and whose
-    metadata are as they were. Records have checksums of their own, which reading them checks."""
-    report = read_report(prepared)
+    """Read the report of a prepared set, and compare the files with it.
+
+    Raises UserError if a file is missing or has another length, or if metadata have changed.
+    Records have checksums of their own, which are checked when they are read.
+    """
+    report = read_dataset_report(prepared)
     for name, size in report["files"].items():
         path = os.path.join(prepared, name)
-        found = os.path.getsize(path) if os.path.isfile(path) else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, not {size}"
+        actual = os.path.getsize(path) if os.path.isfile(path) else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
             raise damaged(prepared, f"{printable(name)} {state}")
     for name, digest in report["metadata"].items():
         if _sha256(Path(prepared) / name) != digest:
@@ -106,8 +141,19 @@ def check(prepared: Path) -> dict[str, Any]:
     return report
 
 
-def complete(report: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The report of a folder, with what tells damage to its files, and to the report itself."""
+def damaged(prepared: Path, what: str) -> UserError:
+    """Return the error for a prepared set that is not as it was written."""
+    return UserError(
+        f"the prepared data set {printable(prepared)} is damaged: {what}. "
+        "Delete that folder and prepare it again."
+    )
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def seal(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add to a report the sizes and hashes by which damage to its folder, or to it, is detected."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     metadata = sorted(folder.glob("records/*.json"))
     report = {
@@ -115,26 +161,26 @@ def complete(report: dict[str, Any], folder: Path) -> dict[str, Any]:
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         "metadata": {str(path.relative_to(folder)): _sha256(path) for path in metadata},
     }
-    return {**report, "sha256": _seal(report)}
+    return {**report, "sha256": _hash_report(report)}
 
 
-def write(
-    folder: Path, *, size: int, split: str, records: Iterable[Record]
+def write_split(
+    folder: Path, *, size: int, split: str, examples: Iterable[Record]
 ) -> "tfds.core.SplitInfo":
     """Write one split, record by record; memory does not grow with their number."""
     path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
     serialize = features(size).serialize_example
-    count = save(path, (serialize(dict(record)) for record in records))
+    count = write_records(path, (serialize(dict(example)) for example in examples))
     return split_info(folder, split=split, lengths=[count])
 
 
-def save(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> int:
-    """Write a file of records; how many they were."""
+def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> int:
+    """Write a file of serialized records, and return their number. Raises OSError."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # One record a group, so that reading one does not unpack its neighbours; unpacked, since
-    # pixels that zstd packs by a tenth are read at two thirds of the speed.
-    # A path as bytes, since it takes no text that is not UTF-8.
+    # One record a group, so that reading one does not unpack its neighbours; uncompressed, because
+    # zstd saves a tenth of the pixels' size and a third of the reading speed.
+    # The path as bytes, because it takes no text that is not UTF-8.
     writer = ArrayRecordWriter(os.fsencode(path), "group_size:1,uncompressed")
     count = 0
     try:
@@ -142,13 +188,13 @@ def save(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> int:
             writer.write(record)
             count += 1
         writer.close()
-    except RuntimeError as error:  # which is what it makes of a full disk
+    except RuntimeError as error:  # which it raises for a full disk
         raise OSError(errno.EIO, str(error)) from None
     return count
 
 
 def split_info(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.SplitInfo":
-    """What TFDS wants to know of a split whose files lie in `folder`, each so many records long."""
+    """Return TFDS's description of a split: one file in `folder` for each number of records."""
     import tensorflow_datasets as tfds
 
     template = _template(folder)
@@ -161,8 +207,8 @@ def split_info(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.Sp
     )
 
 
-def describe(folder: Path, *, size: int, splits: Iterable["tfds.core.SplitInfo"]) -> None:
-    """Write the metadata that TFDS reads the records by."""
+def write_metadata(folder: Path, *, size: int, splits: Iterable["tfds.core.SplitInfo"]) -> None:
+    """Write the metadata by which TFDS reads the records."""
     import tensorflow_datasets as tfds
 
     tfds.folder_dataset.write_metadata(
@@ -176,20 +222,12 @@ def describe(folder: Path, *, size: int, splits: Iterable["tfds.core.SplitInfo"]
 
 
 def features(size: int) -> "tfds.features.FeaturesDict":
-    """A record as TFDS knows it."""
+    """Return TFDS's description of a record of `size` x `size` pixels."""
     import tensorflow_datasets as tfds
 
     image = tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="bytes")
-    texts = {name: tfds.features.Text() for name in Texts.__annotations__}
+    texts = {name: tfds.features.Text() for name in Metadata.__annotations__}
     return tfds.features.FeaturesDict({"image": image, **texts})
-
-
-def damaged(prepared: Path, what: str) -> UserError:
-    """What to say of a prepared set that is not as it was written."""
-    return UserError(
-        f"the prepared data set {printable(prepared)} is damaged: {what}. "
-        "Delete that folder and prepare it again."
-    )
 
 
 def _template(folder: Path) -> "tfds.core.ShardedFileTemplate":
@@ -200,33 +238,37 @@ def _template(folder: Path) -> "tfds.core.ShardedFileTemplate":
     )
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
-    path = Path(folder) / "report.json"
-    if not os.path.isfile(path):  # to open a pipe would be to wait
+# The report ---------------------------------------------------------------------------------------
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """Read the report of a prepared set of any version; None if there is none."""
+    if not os.path.isfile(path):  # which, unlike Path.is_file(), takes any name
         return None
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        report = read_json(path)
+    except (OSError, ValueError):
         return None
-    is_ours = isinstance(report, dict) and report.get("format") == FORMAT
-    return report if is_ours else None
+    if not isinstance(report, dict) or not isinstance(report.get("format"), str):
+        return None
+    return report if _ANY_FORMAT.fullmatch(report["format"]) else None
 
 
 def _is_sealed(report: dict[str, Any]) -> bool:
     try:
-        return report.get("sha256") == _seal(report)
-    except RecursionError:  # lists in lists, so deep that they could just be read
+        return report.get("sha256") == _hash_report(report)
+    except RecursionError:  # nested so deep that it could just be read
         return False
 
 
-def _seal(report: dict[str, Any]) -> str:
-    """A hash over all of a report but this one, however it is laid out."""
+def _hash_report(report: dict[str, Any]) -> str:
+    """Hash all of a report but its hash, whatever the order of its keys."""
     rest = {name: value for name, value in report.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str | None:
-    """None if it cannot be read."""
+    """Hash a file; None if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

@@ -1,153 +1,173 @@
-"""Several runs side by side: a table for the terminal, and a page that holds all it shows."""
+"""Evaluated runs side by side: tables for the terminal, and an HTML page with their pictures."""
 
 import base64
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vaejax.data.entries import printable
 from vaejax.errors import UserError
-from vaejax.evaluation import show
-from vaejax.evaluation.figures import FACES, FIGURES, MEMORY
-from vaejax.evaluation.judge import FORMAT
-from vaejax.files import whole
+from vaejax.evaluation import tables
+from vaejax.evaluation.evaluate import FORMAT
+from vaejax.evaluation.set_metrics import TRAIN
+from vaejax.files import printable, read_json
+from vaejax.metrics import MEMORIZATION, METRICS, SETS
 from vaejax.training import run
+from vaejax.training.config import RunSpec
 
-# what a figure is of: where that differs between two runs, it says nothing of which is better
-OF_PIXELS = ("distortion", "rate", "elbo", "importance_elbo", "importance_bound", "deviation")
-OF_PIXELS += ("index_code", "marginal_kl")
-OF_FEATURES = ("frechet_gap", "kernel_gap", "nearest_features", "nearest_person")
+# metrics in nats or levels, which depend on the number of pixels
+PER_IMAGE = (
+    "distortion", "rate", "elbo", "iwae_elbo", "iwae_bound", "likelihood_sigma",
+    "mutual_information", "aggregate_posterior_kl",
+)  # fmt: skip
+SET_METRICS = tuple(name for name, metric in METRICS.items() if metric.group == SETS)
+MEMORIZATION_METRICS = tuple(n for n, metric in METRICS.items() if metric.group == MEMORIZATION)
+GAPS = ("frechet_gap", "kernel_gap")
+FEATURE_METRICS = (
+    *SET_METRICS, *GAPS, "nearest_features", "nearest_person", "memorized_features",
+    "memorized_person", "persons",
+)  # fmt: skip
 
 
-class Compared(NamedTuple):
-    name: str  # as the person called it
+class EvaluatedRun(NamedTuple):
+    """A run and its evaluation."""
+
+    name: str  # as on the command line
     folder: Path
-    settings: Mapping[str, Any]
+    spec: RunSpec
     evaluation: Mapping[str, Any]
 
 
-def read(name: str) -> Compared:
-    """A run and its evaluation. UserError where it has none yet, or a damaged one."""
+def read_run(name: str) -> EvaluatedRun:
+    """Read a run and its evaluation. Raises UserError if it has none, or a damaged one, or one of
+    another version of vaejax."""
     folder = run.find(name)
     path = folder / "evaluation.json"
-    if not path.exists():
-        raise UserError(f"{folder} is not evaluated yet: vaejax evaluate {name}")
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-        _refuse_other(evaluation)
-    except (OSError, ValueError, RecursionError) as error:
+        evaluation = read_json(path)
+        if _is_of_other_version(evaluation):
+            raise UserError(
+                f"{printable(path)} was written by another version of vaejax. "
+                f"`vaejax evaluate {name}` evaluates the run again"
+            )
+        _check(evaluation)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not evaluated yet: vaejax evaluate {name}") from None
+    except ValueError as error:
         raise UserError(
-            f"{printable(path)} cannot be read: {error}. `vaejax evaluate {name}` writes it anew"
+            f"{printable(path)} cannot be read: {error}. `vaejax evaluate {name}` writes it again"
         ) from None
-    return Compared(name, folder, run.read(folder), {**evaluation, "run": name})
+    return EvaluatedRun(name, folder, run.read_spec(folder), {**evaluation, "run": name})
 
 
-def _refuse_other(evaluation: Any) -> None:
-    """ValueError for what is no evaluation as this version writes them."""
+def _is_of_other_version(evaluation: Any) -> bool:
+    written_as = evaluation.get("format") if isinstance(evaluation, dict) else None
+    prefix = FORMAT.rpartition(" ")[0]
+    return isinstance(written_as, str) and written_as.startswith(prefix) and written_as != FORMAT
+
+
+def _check(evaluation: Any) -> None:
+    """Raise ValueError for anything but an evaluation as `evaluate` returns it."""
     if not isinstance(evaluation, dict) or evaluation.get("format") != FORMAT:
-        raise ValueError("it is no evaluation of this version")
-    kinds = {"figures": dict, "left_out": dict, "split": str, "size": int, "images": int}
-    kinds |= {"step": int, "data": dict, "seconds": float, "device": str, "asked": dict}
-    kinds |= {"features": dict | None, "compared": int | None}
+        raise ValueError("it is no evaluation")
+    kinds = {"metrics": dict, "left_out": dict, "split": str, "size": int, "images": int}
+    kinds |= {"step": int, "data": dict, "seconds": float, "device": str, "config": dict}
+    kinds |= {"features": dict | None, "compared_faces": int | None, "peak_memory_bytes": int}
     for field, kind in kinds.items():
-        if not isinstance(evaluation.get(field), kind):
-            raise ValueError(f'it has no "{field}"')
-    features = evaluation["features"] or {"name": "", "from": ""}
-    if not all(isinstance(features.get(field), str) for field in ("name", "from")):
-        raise ValueError('"features" have no name')
-    for name, estimate in evaluation["figures"].items():
+        if field not in evaluation or not isinstance(evaluation[field], kind):
+            raise ValueError(f'its "{field}" is missing or of another type')
+    features = evaluation["features"] or {"name": "", "weights": ""}
+    if not all(isinstance(features.get(field), str) for field in ("name", "weights")):
+        raise ValueError('its "features" have no name')
+    for name, estimate in evaluation["metrics"].items():
         if not isinstance(estimate, dict) or not _is_estimate(estimate):
-            raise ValueError(f"{name[:40]!r} is no figure")
+            raise ValueError(f"its metric {name[:40]!r} has no value")
 
 
 def _is_estimate(estimate: Mapping[str, Any]) -> bool:
     value, error = estimate.get("value"), estimate.get("error")
-    return all(
+    return "error" in estimate and all(
         isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e300
         for n in (value, 0.0 if error is None else error)
     )
 
 
-def comparable(runs: Sequence[Compared]) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The evaluations without the figures that cannot be held against each other, and a line for
-    each reason."""
+def comparable(runs: Sequence[EvaluatedRun]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return the evaluations without the metrics that cannot be compared, and a remark for each
+    reason."""
     evaluations, remarks = [r.evaluation for r in runs], []
-    drop: set[str] = set()
+    dropped: set[str] = set()
 
-    def differ(field: str) -> str:
-        values = [str(_plain(e[field])) for e in evaluations]
+    def differences(field: str) -> str:
+        values = [str(_name(e[field])) for e in evaluations]
         return " and ".join(dict.fromkeys(values)) if len(set(values)) > 1 else ""
 
-    if sizes := differ("size"):
-        remarks.append(f"Images of {sizes} pixels: no figure in nats, and none of faces, is given.")
-        drop |= {n for n, f in FIGURES.items() if f.group in (FACES, MEMORY)}
-        drop |= {*OF_PIXELS, *OF_FEATURES}
-    elif features := differ("features"):
-        remarks.append(f"Faces were compared by {features}: no figure that rests on them is given.")
-        drop |= {n for n, f in FIGURES.items() if f.group == FACES}
-        drop |= {*OF_FEATURES, "copies_features", "copies_person", "persons"}
-    elif numbers := differ("compared"):
-        remarks.append(f"Faces were compared {numbers} at a time: no figure of so many is given.")
-        drop |= {n for n, f in FIGURES.items() if f.group == FACES}
-        drop |= {"frechet_gap", "kernel_gap", "persons"}
-    if split := differ("split"):
-        remarks.append(f"Not judged on one split, but on {split}: differences may be the images'.")
-    elif differ("data"):
-        remarks.append("The runs have other images: differences may be the images'.")
-    if differ("asked"):
-        remarks.append("Not asked the same (samples, seed, latents): see each evaluation.json.")
+    if sizes := differences("size"):
+        remarks.append(
+            f"The images have {sizes} pixels: metrics in nats and metrics of faces are left out."
+        )
+        dropped |= {*PER_IMAGE, *FEATURE_METRICS, *MEMORIZATION_METRICS}
+    elif features := differences("features"):
+        remarks.append(f"Faces were compared by {features}: metrics of features are left out.")
+        dropped |= {*FEATURE_METRICS}
+    elif counts := differences("compared_faces"):
+        remarks.append(
+            f"Sets of {counts} faces were compared: metrics that depend on the number are left out."
+        )
+        dropped |= {*SET_METRICS, *GAPS, "persons"}
+    if splits := differences("split"):
+        remarks.append(f"The splits differ ({splits}): differences may be those of the images.")
+    elif differences("data"):
+        remarks.append("The images of the runs differ: differences may be those of the images.")
+    if differences("config"):
+        remarks.append("The samples or seeds of the evaluations differ: see each evaluation.json.")
     return [
-        {**e, "figures": {n: v for n, v in e["figures"].items() if n.split("/")[0] not in drop}}
+        {**e, "metrics": {n: v for n, v in e["metrics"].items() if n.split("/")[0] not in dropped}}
         for e in evaluations
     ], remarks
 
 
-def _plain(value: Any) -> Any:
+def _name(value: Any) -> Any:
     return value.get("name") if isinstance(value, dict) and "name" in value else value
 
 
-def table(evaluations: list[Mapping[str, Any]], remarks: list[str]) -> list[str]:
-    """For the terminal; the best of a row has a star."""
+def to_text(evaluations: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> list[str]:
+    """Write the tables as lines for the terminal; a star marks the best of a row."""
     lines: list[str] = []
-    for title, head, rows in show.sections(evaluations):
-        starred = [_starred(row, evaluations) for row in rows]
-        widths = [max(len(row[i]) for row in [head, *starred]) for i in range(len(head) - 1)]
-        lines += ["", title]
-        for row in [head, *starred]:
-            cells = [row[0].ljust(widths[0])]
-            cells += [c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)]
-            lines.append("  " + "  ".join(cells).rstrip())
+    for title, head, rows in tables.tables(evaluations):
+        starred = [_star(row, evaluations) for row in rows]
+        aligned = tables.align([row[:-1] for row in [head, *starred]], left=(0,))
+        lines += ["", title, *aligned]
     return [*lines, "", *remarks]
 
 
-def _starred(row: list[str], evaluations: list[Mapping[str, Any]]) -> list[str]:
-    best = _best(row[0], evaluations)
-    marked = [
-        f"{'* ' if i in best else ''}{cell}" for i, cell in enumerate(row[1 : len(evaluations) + 1])
-    ]
-    return [row[0], *marked, *row[len(evaluations) + 1 :]]
+def _star(row: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    marked = {column + 1 for column in best(row[0], evaluations)}
+    return [f"* {cell}" if i in marked else cell for i, cell in enumerate(row)]
 
 
-def _best(name: str, evaluations: list[Mapping[str, Any]]) -> set[int]:
-    """Which of them have the best of a figure that has a good direction; of the training set, which
-    is no run's doing, none has."""
-    figure, _, faces = name.partition("/")
-    direction = FIGURES[figure].better
+def best(name: str, evaluations: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the positions of the evaluations with the best value of a metric.
+
+    There are none if the metric has no better direction, if all values are equal, or for metrics of
+    the training set, which do not depend on the run.
+    """
+    metric, _, set_name = name.partition("/")
     values = {
-        i: e["figures"][name]["value"] for i, e in enumerate(evaluations) if name in e["figures"]
+        i: e["metrics"][name]["value"] for i, e in enumerate(evaluations) if name in e["metrics"]
     }
-    if not direction or faces == "train" or len(set(values.values())) < 2:
+    if set_name == TRAIN or len(set(values.values())) < 2:
         return set()
-    score = {
-        "higher": lambda v: -v,
-        "lower": lambda v: v,
-        "0": abs,
-        "1": lambda v: abs(v - 1),
-    }[direction]
-    least = min(map(score, values.values()))
-    return {i for i, value in values.items() if score(value) == least}
+    direction = METRICS[metric].better
+    if direction == "higher":
+        losses = {i: -value for i, value in values.items()}
+    elif direction == "lower":
+        losses = values
+    elif direction:  # a number to be near to
+        losses = {i: abs(value - float(direction)) for i, value in values.items()}
+    else:
+        return set()
+    return {i for i, loss in losses.items() if loss == min(losses.values())}
 
 
 # The page -----------------------------------------------------------------------------------------
@@ -172,70 +192,59 @@ tr:hover td { background: var(--soft); } tr:hover td.best { background: var(--go
 """
 
 
-def page(runs: Sequence[Compared], evaluations: list[Mapping[str, Any]], remarks: list[str]) -> str:
-    """All of it as HTML, with the pictures inside: one file that can be sent to somebody."""
-    title = f"{len(runs)} runs side by side" if len(runs) > 1 else f"{runs[0].name}, judged"
+def page(
+    runs: Sequence[EvaluatedRun],
+    evaluations: Sequence[Mapping[str, Any]],
+    remarks: Sequence[str],
+) -> str:
+    """Return an HTML page with all tables and pictures inside: one file that can be sent."""
+    names = [r.name for r in runs]
+    title = f"{len(runs)} runs side by side" if len(runs) > 1 else f"Evaluation of {names[0]}"
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>',
         '<meta name="viewport" content="width=device-width">',
         f"<style>{STYLE}</style><h1>{escape(title)}</h1>",
-        *(f'<p class="remark">{escape(remark)}</p>' for remark in remarks),
-        '<div class="runs">',
-        *(_card(r) for r in runs),
-        "</div>",
+        *_remarks(remarks),
+        *_row(_card(r) for r in runs),
     ]
-    for name, caption in show.TITLES.items():
-        shown = [_picture(r, name) for r in runs]
-        if any(shown):
-            parts += [f"<h2>{escape(caption)}</h2>", '<div class="runs">', *shown, "</div>"]
-    for heading, head, rows in show.sections(evaluations):
-        parts += [f"<h2>{escape(heading)}</h2>", '<div class="wide"><table><tr>']
-        numbers = range(1, len(head) - 3)
-        parts += [
-            f"<th{' class=n' if i in numbers else ''}>{escape(cell)}</th>"
-            for i, cell in enumerate(head)
-        ]
-        for row in rows:
-            best = _best(row[0], evaluations)
-            parts.append("</tr><tr>")
-            for i, cell in enumerate(row):
-                kind = "n best" if i - 1 in best and i in numbers else "n" if i in numbers else ""
-                kind = kind or ("about" if i > numbers[-1] else "")
-                parts.append(f'<td class="{kind}">{escape(cell)}</td>')
-        parts.append("</tr></table></div>")
-    features = {f["name"]: f["from"] for e in evaluations if (f := e["features"])}
-    parts += [
-        f'<p class="remark">Faces are compared by {escape(name)} ({escape(source)}).</p>'
-        for name, source in features.items()
-    ]
+    for name, caption in tables.CAPTIONS.items():
+        if any((r.folder / tables.FOLDER / name).exists() for r in runs):
+            parts += [f"<h2>{escape(caption)}</h2>", *_row(_picture(r, name) for r in runs)]
+    for table in tables.tables(evaluations):
+        parts += tables.to_html(table, [best(row[0], evaluations) for row in table.rows])
+    sources = {f["name"]: f["weights"] for e in evaluations if (f := e["features"])}
+    parts += _remarks(f"Faces are compared by {n} ({weights})." for n, weights in sources.items())
     return "\n".join(parts) + "</html>\n"
 
 
-def _card(compared: Compared) -> str:
-    settings, evaluation = compared.settings, compared.evaluation
-    schedule, loss = settings["schedule"], settings["loss"]
+def _remarks(remarks: Iterable[str]) -> list[str]:
+    return [f'<p class="remark">{escape(remark)}</p>' for remark in remarks]
+
+
+def _row(items: Iterable[str]) -> list[str]:
+    return ['<div class="runs">', *items, "</div>"]
+
+
+def _card(evaluated: EvaluatedRun) -> str:
+    spec, evaluation = evaluated.spec, evaluated.evaluation
+    schedule, loss = spec.schedule, spec.loss
     weight = f", kl_weight {loss['kl_weight']:g}" if "kl_weight" in loss else ""
     about = (
-        f"{schedule['recipe']} recipe, {loss['kind']}{weight}, seed {settings['seed']}; "
-        f"{evaluation['step']:,} updates of {settings['batch_size']} images, "
-        f"{schedule['images']:,} training images of {evaluation['size']} pixels; judged on "
+        f"{schedule.recipe} recipe, loss {loss['kind']}{weight}, seed {spec.seed}; "
+        f"{evaluation['step']:,} updates of {spec.batch_size} images, "
+        f"{schedule.images:,} training images of {evaluation['size']} pixels; evaluated on "
         f"{evaluation['images']:,} {evaluation['split']} images."
     )
-    return f'<div class="card"><b>{escape(compared.name)}</b><p>{escape(about)}</p></div>'
+    return f'<div class="card"><b>{escape(evaluated.name)}</b><p>{escape(about)}</p></div>'
 
 
-def _picture(compared: Compared, name: str) -> str:
-    path = compared.folder / show.FOLDER / name
+def _picture(evaluated: EvaluatedRun, name: str) -> str:
+    path = evaluated.folder / tables.FOLDER / name
+    label = escape(evaluated.name)
     if not path.exists():
-        return f"<figure><figcaption>{escape(compared.name)}: none</figcaption></figure>"
+        return f"<figure><figcaption>{label}: none</figcaption></figure>"
     data = base64.b64encode(path.read_bytes()).decode()
-    label = escape(compared.name)
     return (
         f'<figure><img alt="{label}" src="data:image/png;base64,{data}">'
         f"<figcaption>{label}</figcaption></figure>"
     )
-
-
-def write(path: Path, text: str) -> None:
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -1,229 +1,369 @@
-"""Judge a model on images that it never saw: all of its figures, in the memory of a batch."""
+"""The metrics of a run on images that it was not trained on, computed from its folder.
+
+Nothing is written here: `evaluate` returns the metrics as JSON, and the arrays of the pictures.
+"""
 
 import math
-import sys
-from collections.abc import Iterator
-from functools import partial
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
-from tqdm import tqdm
+from jaxtyping import Array, Float, Key, UInt8
 
+from vaejax import losses, priors
 from vaejax.data.batches import Images
+from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
-from vaejax.evaluation import latents, likelihood
-from vaejax.evaluation.figures import Estimate
-from vaejax.models.autoencoder import Autoencoder
-from vaejax.training.step import image_keys
+from vaejax.evaluation import likelihood, memorization, passes, set_metrics
+from vaejax.evaluation.features import Features
+from vaejax.evaluation.memorization import Nearest
+from vaejax.evaluation.passes import FaceSets, ImageScores, TrainedModel
+from vaejax.evaluation.set_metrics import HELD_OUT, RECONSTRUCTIONS, SAMPLES, TRAIN, Results
+from vaejax.metrics import Estimate
+from vaejax.models import autoencoder
+from vaejax.priors import Prior
+from vaejax.system import versions
+from vaejax.training import run
+from vaejax.training.prior import default_name, has_mixture, load_or_fit
 
-PIXELS = 2**19  # of a batch: 128 images of 64 x 64
-REPORTED = 0.01  # the report's weight of the kl
+FORMAT = "vaejax evaluation 2"
+REPORT_KL_WEIGHT = 0.01  # of the student report's loss
+FACES_IN_ROW = 10  # of the pictures
 
+# what a model without a posterior does not have
+POSTERIOR_METRICS = (
+    "kl", "report_loss", "rate", "elbo", "bits_per_dim", "effective_beta", "active_units",
+    "iwae_elbo", "iwae_bound", "mmd", "mutual_information", "aggregate_posterior_kl",
+)  # fmt: skip
 
-class Subject(NamedTuple):
-    """What is judged."""
-
-    model: Autoencoder
-    params: PyTree
-    statistics: PyTree
-    kl_weight: float | None  # of the loss that it was trained with; None where there is none
-    in_nats: bool = False  # whether that loss was an ELBO, with a weight of 1 on the rate
-
-
-class Walked(NamedTuple):
-    """What was found of each held-out image, in their order."""
-
-    mse: Float[np.ndarray, " n"]
-    psnr: Float[np.ndarray, " n"]
-    ssim: Float[np.ndarray, " n"] | None  # of images that are as large as its window
-    distortion: Float[np.ndarray, " n"]
-    means: Float[np.ndarray, "n d"] | None  # of the posterior, if there is one
-    log_variances: Float[np.ndarray, "n d"] | None
-    z: Float[np.ndarray, "n d"] | None
-    kl: Float[np.ndarray, "n d"] | None  # of each latent dimension, nats
+Faces = UInt8[np.ndarray, "n h w c"]
 
 
-def at_a_time(model: Autoencoder) -> int:
-    """Images of a batch."""
-    return max(4, min(128, PIXELS // model.size**2))
+class EvaluationConfig(NamedTuple):
+    """What is evaluated, and with how many samples."""
+
+    split: str = "test"
+    samples: int = 10_000
+    bound_images: int = 128  # of the importance-weighted bound
+    bound_samples: int = 64  # of z for each of them
+    seed: int = 0
 
 
-def batches(
-    images: Images, size: int, *, doing: str
-) -> Iterator[tuple[Int[np.ndarray, " b"], UInt8[np.ndarray, "b h w c"]]]:
-    """All images in order, with their places; the last batch is as large as the others, by its last
-    image again and again: whoever takes what it gives cuts that off."""
-    with progress(len(images), doing) as bar:
-        for first in range(0, len(images), size):
-            places = np.minimum(np.arange(first, first + size), len(images) - 1)
-            yield places, images.read(places)
-            bar.update(min(size, len(images) - first))
+class TrainedRun(NamedTuple):
+    """A run with its newest weights and its held-out images."""
+
+    folder: Path
+    trained: TrainedModel
+    loss: Mapping[str, Any]  # that it was trained with, as JSON
+    step: int
+    prepared: Path
+    data: dict[str, Any]  # identifies the images and their splits
+    held_out: Images
+    has_persons: bool
+    priors: dict[str, Prior]  # by the names of their sets of samples
 
 
-def progress(total: int, doing: str, unit: str = " images") -> tqdm:
-    """How far it is, and how long it takes; a plain line where there is no terminal."""
-    if not sys.stderr.isatty():
-        print(f"{doing}: {total:,}{unit} …", file=sys.stderr, flush=True)
-    return tqdm(total=total, desc=doing, unit=unit, smoothing=0.05, disable=None, leave=False)
+class Pictures(NamedTuple):
+    """The arrays of an evaluation's pictures. A picture's rows have one face in each column."""
+
+    worst_and_best: tuple[Faces, ...]  # rows: held-out faces, reconstructions; in order of PSNR
+    reconstructions: tuple[Faces, ...]  # rows: the first held-out faces, reconstructions
+    samples: dict[str, Faces]  # by the name of the prior
+    nearest: tuple[Faces, ...] | None  # rows: samples, nearest training faces (features, pixels)
+    rate_per_dimension: Float[np.ndarray, " d"] | None  # nats; None if any is not finite
 
 
-def calibrate(subject: Subject, validation: Images, key: Key[Array, ""]) -> float:
-    """The log-variance of the likelihood, by images of another split than it is judged on. Raises
-    UserError where the model's output is no number."""
-    size = at_a_time(subject.model)
+class Evaluation(NamedTuple):
+    """The metrics of a run as JSON (`evaluation.json`), and the arrays of its pictures."""
 
-    def seen() -> Iterator[tuple[int, UInt8[np.ndarray, "b h w c"], likelihood.Seen]]:
-        for places, images in batches(validation, size, doing="calibrating"):
-            count = len(np.unique(places))
-            yield count, images, see_batch(subject, images, places, key)
+    json: dict[str, Any]
+    pictures: Pictures
 
-    def totals(log_variances: Float[np.ndarray, " g"]) -> Float[np.ndarray, " g"]:
-        total = np.zeros(len(log_variances))
-        for count, images, found in seen():
-            grid = jnp.asarray(log_variances, jnp.float32)
-            nats = likelihood.distortions(found.output, jnp.asarray(images), grid)
-            total += np.asarray(nats[:, :count], np.float64).sum(axis=1)
-        return total
 
-    mse = sum(float(found.mse[:count].sum()) for count, _, found in seen()) / len(validation)
-    if not math.isfinite(mse):
+def load_run(folder: Path, split: str, *, prior: priors.PriorName | None = None) -> TrainedRun:
+    """Load the newest undamaged weights of a run, and open the images that it was not trained on.
+
+    With `prior` "mixture" a mixture is fitted to the run, unless it has one.
+
+    Raises UserError if the images of a run are gone or have changed, CheckpointError if no
+    checkpoint can be used.
+    """
+    loaded = run.load(folder)
+    spec, model, weights = loaded.spec, loaded.model, loaded.weights
+    prepared = Path(spec.schedule.prepared)
+    try:
+        dataset_report = read_dataset_report(prepared)
+    except UserError as error:
         raise UserError(
-            f"what the model makes of the validation images is no number: their mse is {mse}. "
-            "Nothing can be said of such weights"
+            f"the images that {folder} was trained on cannot be read: {error} `vaejax prepare "
+            f"{spec.schedule.source} --size {model.size} --out {prepared}` prepares them "
+            "again (with --crop-faces, if they were cropped)"
+        ) from None
+    if any(dataset_report[field] != value for field, value in spec.data.items()):
+        raise UserError(
+            f"{prepared} holds other images than {folder} was trained on, or splits them in "
+            "another way: its held-out images may have been trained on. Restore the images, or "
+            "continue the run with --accept-changed-data"
         )
-    return likelihood.calibrate(totals, start=math.log(max(mse, 1e-12)))
+    return TrainedRun(
+        folder,
+        TrainedModel(model, weights.params, weights.batch_stats),
+        spec.loss,
+        weights.step,
+        prepared,
+        dict(spec.data),
+        Images(prepared, split),
+        bool(dataset_report["persons"]),
+        _priors(loaded, prior),
+    )
 
 
-def see_batch(
-    subject: Subject,
-    images: UInt8[np.ndarray, "b h w c"],
-    places: Int[np.ndarray, " b"],
-    key: Key[Array, ""],
-) -> likelihood.Seen:
-    """Each image with its own noise, by its place among all of them."""
-    model, params, statistics = subject[:3]
-    keys = image_keys(key, jnp.asarray(places))
-    return likelihood.see(params, statistics, jnp.asarray(images), keys, model=model)
+def _priors(loaded: run.LoadedRun, name: priors.PriorName | None) -> dict[str, Prior]:
+    """Return the priors of a run by the names of their sets of samples: N(0, I) of a variational
+    model, and a mixture if it is asked for, or the run has one."""
+    found: dict[str, Prior] = {}
+    if autoencoder.is_variational(loaded.model):
+        found[SAMPLES] = load_or_fit(loaded, "normal")
+    if "mixture" in (name, default_name(loaded)) or has_mixture(loaded):
+        found[f"{SAMPLES} (mixture)"] = load_or_fit(loaded, "mixture")
+    return found
 
 
-class Batch(NamedTuple):
-    """What a walk shows of a batch on its way."""
+@np.errstate(over="ignore", invalid="ignore")  # metrics that are not finite are left out
+def evaluate(
+    trained_run: TrainedRun,
+    config: EvaluationConfig,
+    features: Features | None,
+    *,
+    missing_features: str = "",
+) -> Evaluation:
+    """Compute every metric of a run, or the reason why it is left out.
 
-    images: UInt8[np.ndarray, "b h w c"]
-    reconstructions: UInt8[np.ndarray, "b h w c"]
+    Without `features`, for the reason `missing_features`, the metrics that need them are left out.
+    In memory are a batch, the latents of the held-out images, the features of all faces including
+    the training faces (2 KiB each with VGG16), and at most 64 MiB of faces of each set.
+    """
+    started = time.monotonic()
+    trained, held_out = trained_run.trained, trained_run.held_out
+    fit_key, noise_key, bound_key = jax.random.split(jax.random.key(config.seed), 3)
+    validation = Images(trained_run.prepared, "validation")
+    log_variance = passes.fit_log_variance(trained, validation, fit_key)
+    sets = FaceSets(trained.model, features)
+
+    def add_to_sets(images: Faces, reconstructions: Faces) -> None:
+        sets.add(HELD_OUT, images)
+        sets.add(RECONSTRUCTIONS, reconstructions)
+
+    scores = passes.evaluate_images(
+        trained, held_out, noise_key, log_variance, on_batch=add_to_sets
+    )
+    results = image_results(scores, log_variance, trained_run)
+    if scores.latents is not None:
+        bound = passes.importance_bound(
+            trained,
+            held_out,
+            bound_key,
+            log_variance,
+            images=config.bound_images,
+            samples=config.bound_samples,
+        )
+        results["iwae_elbo"] = _mean(np.asarray(bound.elbo))
+        results["iwae_bound"] = _mean(np.asarray(bound.iwae_bound))
+    for name, prior in trained_run.priors.items():
+        for faces in passes.sample_batches(trained, prior, config.samples):
+            sets.add(name, faces)
+    if not trained_run.priors:
+        results[SAMPLES] = f"a {trained.model.title} has no prior to draw faces from"
+    nearest, compared, more = _face_results(trained_run, sets, features)
+    results |= more
+    if features is None:
+        results["features"] = missing_features
+    return Evaluation(
+        {
+            **_facts(trained_run, config, features, compared),
+            **_to_json(results),
+            **_rates(scores),
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+        _pictures(trained_run, scores, sets.first_faces(), nearest, noise_key),
+    )
 
 
-def walk(
-    subject: Subject, held_out: Images, key: Key[Array, ""], log_variance: float, *, look
-) -> Walked:
-    """Every held-out image once; `look` is shown each `Batch`, without what fills up the last."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in Walked._fields}
-    variance = jnp.full(1, log_variance, jnp.float32)
-    for places, images in batches(held_out, at_a_time(subject.model), doing="held-out images"):
-        count = len(np.unique(places))
-        found = see_batch(subject, images, places, key)
-        nats = likelihood.distortions(found.output, jnp.asarray(images), variance)[0]
-        values = {"mse": found.mse, "psnr": found.psnr, "ssim": found.ssim, "distortion": nats}
-        if found.posterior is not None:
-            own = found.posterior
-            values |= {"means": own.mean, "log_variances": own.log_variance}
-            values |= {"z": found.z, "kl": own.kl()}
-        for name, value in values.items():
-            if value is not None:
-                columns[name].append(np.asarray(value[:count]))
-        look(Batch(images[:count], np.asarray(found.reconstructions[:count])))
-    whole: dict[str, Any] = {
-        name: np.concatenate(parts) if parts else None for name, parts in columns.items()
-    }
-    return Walked(**whole)
+# Results ------------------------------------------------------------------------------------------
 
 
-def likelihoods(subject: Subject, walked: Walked, log_variance: float) -> dict[str, Estimate]:
-    """The report's figures and the field's, of a walk."""
-    model = subject.model
+def image_results(scores: ImageScores, log_variance: float, trained_run: TrainedRun) -> Results:
+    """Average the metrics of held-out images, with the standard errors of the means."""
+    model, latents = trained_run.trained.model, scores.latents
     values = model.size**2 * model.channels
     bits = values * math.log(2)
-    figures = {
-        "mse": _mean(walked.mse),
-        "deviation": Estimate(255 * math.exp(log_variance / 2)),
-        "distortion": _mean(walked.distortion),
-        "psnr": _mean(walked.psnr),
+    results: Results = {
+        "mse": _mean(scores.mse),
+        "likelihood_sigma": Estimate(255 * math.exp(log_variance / 2)),
+        "distortion": _mean(scores.distortion),
+        "psnr": _mean(scores.psnr),
+        "ssim": f"the images are smaller than its window of {likelihood.WINDOW} pixels"
+        if scores.ssim is None
+        else _mean(scores.ssim),
     }
-    if walked.ssim is not None:
-        figures["ssim"] = _mean(walked.ssim)
-    if walked.kl is None or walked.means is None:
-        figures["distortion_bits"] = _mean(walked.distortion / bits)
-        return figures
-    kl, rate = walked.kl.mean(axis=1), walked.kl.sum(axis=1)
-    figures |= {
+    if latents is None:
+        reason = f"a {model.title} has z, and no distribution over z"
+        results["distortion_bits"] = _mean(scores.distortion / bits)
+        return results | dict.fromkeys(POSTERIOR_METRICS, reason)
+    kl, rate = latents.kl.mean(axis=1), latents.kl.sum(axis=1)
+    results |= {
         "kl": _mean(kl),
-        "report_loss": _mean(walked.mse + REPORTED * kl),
+        "report_loss": _mean(scores.mse + REPORT_KL_WEIGHT * kl),
         "rate": _mean(rate),
-        "elbo": _mean(-(walked.distortion + rate)),
-        "bits_per_dim": _mean((walked.distortion + rate) / bits),
-        "active_units": Estimate(latents.active_units(walked.means)),
+        "elbo": _mean(-(scores.distortion + rate)),
+        "bits_per_dim": _mean((scores.distortion + rate) / bits),
+        "effective_beta": _effective_beta(
+            trained_run.loss, math.exp(log_variance), values=values, latents=latents.kl.shape[1]
+        ),
+        "active_units": Estimate(likelihood.active_units(latents.mean)),
     }
-    if subject.in_nats:
-        figures["effective_beta"] = Estimate(1.0)
-    elif subject.kl_weight is not None:
-        # mse + w kl, times values / 2 variance, has the distortion's nats and w so many of the kl
-        latent_dim = walked.means.shape[1]
-        ours = subject.kl_weight * values / (2 * math.exp(log_variance) * latent_dim)
-        figures["effective_beta"] = Estimate(ours)
-    return figures
+    names = ("mmd", *likelihood.RateParts._fields)
+    if len(latents.z) < 2:
+        return results | dict.fromkeys(names, "one held-out image has no distance from others")
+    parts = likelihood.split_rate(latents.mean, latents.log_variance, latents.z)
+    distances = (likelihood.prior_mmd(latents.z), *parts)
+    return results | {name: Estimate(v) for name, v in zip(names, distances, strict=True)}
+
+
+def _effective_beta(
+    loss: Mapping[str, Any], variance: float, *, values: int, latents: int
+) -> Estimate | str:
+    beta = losses.effective_beta(loss, variance, values=values, latents=latents)
+    if beta is None:
+        return f"the loss {loss['kind']} has no known weight of the rate"
+    return Estimate(float(beta))
 
 
 def _mean(values: Float[np.ndarray, " n"]) -> Estimate:
-    """With its standard error, if there is more than one value."""
+    """Return the mean with its standard error, if there is more than one value."""
     values = values.astype(np.float64)
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Estimate(float(values.mean()), error)
 
 
-def importance(
-    subject: Subject,
-    held_out: Images,
+def _face_results(
+    trained_run: TrainedRun, sets: FaceSets, features: Features | None
+) -> tuple[dict[str, dict[str, Nearest]], int | None, Results]:
+    """Return the nearest training faces by "features" (if there are any) and "pixels", of each set;
+    the number of faces that are compared at a time; and the metrics of sets of faces."""
+    model = trained_run.trained.model
+    training = Images(trained_run.prepared, "train")
+    by_pixels = passes.nearest_training_images(sets.first_faces(), training, model)
+    results = memorization.memorization_metrics("pixels", _distances(by_pixels))
+    if features is None:
+        return {"pixels": by_pixels}, None, results
+    trained_on = passes.training_features(trained_run.prepared, features, model)
+    by_set = sets.features()
+    others = {name: faces for name, faces in by_set.items() if name != HELD_OUT}
+    results |= set_metrics.compare_sets({**others, TRAIN: trained_on}, by_set[HELD_OUT])
+    results |= set_metrics.gaps(results)
+    by_features = {
+        name: memorization.nearest_by_features(faces, trained_on) for name, faces in by_set.items()
+    }
+    results |= memorization.memorization_metrics("features", _distances(by_features))
+    compared = min(map(len, [trained_on, *by_set.values()]))
+    if trained_run.has_persons:
+        persons = [training.metadata(i)["person"] for i in range(len(training))]
+        distances = memorization.person_distances(by_set, trained_on, persons)
+        results |= memorization.memorization_metrics("person", distances)
+        for name, nearest in by_features.items():
+            if names := [persons[i] for i in nearest.indices[:compared] if persons[i]]:
+                count = Estimate(memorization.effective_persons(names))
+                results[set_metrics.metric_of_set("persons", name)] = count
+    return {"features": by_features, "pixels": by_pixels}, compared, results
+
+
+def _distances(nearest: dict[str, Nearest]) -> dict[str, np.ndarray]:
+    return {name: neighbours.distances for name, neighbours in nearest.items()}
+
+
+# JSON and pictures --------------------------------------------------------------------------------
+
+
+def _facts(
+    trained_run: TrainedRun,
+    config: EvaluationConfig,
+    features: Features | None,
+    compared: int | None,
+) -> dict[str, Any]:
+    """Describe what was evaluated, and how."""
+    return {
+        "format": FORMAT,
+        "run": trained_run.folder.name,
+        "step": trained_run.step,
+        "split": config.split,
+        "images": len(trained_run.held_out),
+        "config": config._asdict(),
+        "data": trained_run.data,
+        "size": trained_run.trained.model.size,
+        "features": features and {"name": features.name, "weights": features.weights},
+        "compared_faces": compared,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+
+
+def _to_json(results: Results) -> dict[str, Any]:
+    """Separate the metrics from those that are left out, which are also those that are not finite,
+    such as the rate of a posterior that has left float32."""
+    metrics, left_out = {}, {}
+    for name, result in results.items():
+        if isinstance(result, str):
+            left_out[name] = result
+        elif math.isfinite(result.value) and math.isfinite(result.error or 0):
+            metrics[name] = result._asdict()
+        else:
+            left_out[name] = f"it is not finite: {result.value}"
+    return {"metrics": metrics, "left_out": left_out}
+
+
+def _rates(scores: ImageScores) -> dict[str, Any]:
+    rates = [] if scores.latents is None else scores.latents.kl.mean(axis=0).tolist()
+    return {"rate_per_dimension": [rate if math.isfinite(rate) else None for rate in rates]}
+
+
+def _pictures(
+    trained_run: TrainedRun,
+    scores: ImageScores,
+    faces: dict[str, Faces],
+    nearest: dict[str, dict[str, Nearest]],
     key: Key[Array, ""],
-    log_variance: float,
-    *,
-    images: int,
-    samples: int,
-) -> dict[str, Estimate]:
-    """The importance-weighted bound, and the ELBO, of the first held-out images."""
-    model, params, statistics = subject[:3]
-    size, some = 4, min(samples, at_a_time(model))
-    bounds, elbos = [], []
-    images = min(images, len(held_out))
-    with progress(images, "importance weights") as bar:
-        for first in range(0, images, size):
-            places = np.minimum(np.arange(first, first + size), images - 1)
-            shown = jnp.asarray(held_out.read(places))
-            weigh = partial(likelihood.image_weights, params, statistics, shown, model=model)
-            bound = likelihood.nothing_yet(size)
-            for part in range(-(-samples // some)):
-                own = image_keys(jax.random.fold_in(key, part), jnp.asarray(places))
-                weights = weigh(own, jnp.float32(log_variance), samples=some)
-                bound = bound.add(weights[:, : samples - part * some])
-            count = min(size, images - first)
-            bounds.append(np.asarray(bound.value[:count]))
-            elbos.append(np.asarray(bound.elbo[:count]))
-            bar.update(count)
-    return {
-        "importance_elbo": _mean(np.concatenate(elbos)),
-        "importance_bound": _mean(np.concatenate(bounds)),
-    }
+) -> Pictures:
+    """Choose the faces of the pictures. The nearest training faces are those of the samples that
+    lie nearest to one, by features if there are any."""
 
+    def reconstruct(indices: np.ndarray) -> tuple[Faces, ...]:
+        images = trained_run.held_out.read(indices)
+        result = passes.evaluate_batch(trained_run.trained, images, indices, key)
+        return images, np.asarray(result.reconstructions)
 
-def hole(walked: Walked) -> dict[str, Estimate]:
-    """How far the codes of the held-out images, all together, lie from the prior."""
-    if walked.means is None or walked.log_variances is None or walked.z is None:
-        return {}
-    rate = latents.split_rate(walked.means, walked.log_variances, walked.z)
-    return {
-        "mmd": Estimate(latents.prior_mmd(walked.z)),
-        "index_code": Estimate(rate.index_code),
-        "marginal_kl": Estimate(rate.marginal_kl),
-    }
+    order = np.argsort(scores.psnr, kind="stable")
+    count = min(FACES_IN_ROW, len(order) // 2) or len(order)
+    extremes = np.concatenate([order[:count], order[-count:][::-1]])
+    rates = None if scores.latents is None else scores.latents.kl.mean(axis=0)
+    rows, best = None, next(reversed(trained_run.priors), None)  # a learned prior's, if any
+    if best is not None:
+        samples, training = faces[best], Images(trained_run.prepared, "train")
+        neighbours = [by_set[best] for by_set in nearest.values()]
+        chosen = np.argsort(neighbours[0].distances[: len(samples)], kind="stable")[:FACES_IN_ROW]
+        rows = (samples[chosen], *(training.read(n.indices[chosen]) for n in neighbours))
+    return Pictures(
+        worst_and_best=reconstruct(extremes),
+        reconstructions=reconstruct(np.arange(min(FACES_IN_ROW, len(order)))),
+        samples={
+            prior.name: faces[name][: 4 * FACES_IN_ROW]
+            for name, prior in trained_run.priors.items()
+        },
+        nearest=rows,
+        rate_per_dimension=None if rates is None or not np.isfinite(rates).all() else rates,
+    )

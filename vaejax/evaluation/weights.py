@@ -1,14 +1,19 @@
-"""Weights out of the files of other programs: pickled NumPy arrays, and what torch.save wrote.
+"""Weights from files of other programs: pickles of NumPy arrays, and files of torch.save.
 
-`vaejax.evaluation.pickles` reads what they are pickled in, and runs nothing.
+Nothing in a file is ever executed. A pickle is a program for a machine with a stack.
+`pickletools.genops` splits it into instructions and runs none of them; `parse_pickle` interprets
+only what files of weights hold: dictionaries, lists, tuples, texts, numbers, bytes, NumPy arrays of
+float32 and torch tensors. It refuses everything else by its name.
 """
 
 import hashlib
 import io
 import math
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +22,11 @@ from jaxtyping import Float
 from numpy.lib.stride_tricks import as_strided
 
 from vaejax.errors import UserError
-from vaejax.evaluation.pickles import Array, Tensor, as_kind, run
 
-LARGEST = 2**30  # bytes of a file, which is held in memory: those of Inception have 91 MiB
-# what torch.save begins its older files with: its magic number, and the version of the format
-MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
+MAX_BYTES = 2**30  # of a file, which is held in memory: Inception's has 91 MiB
+MAX_INSTRUCTIONS = 200_000  # of a pickle: that of Inception's weights has about 20,000
+# what older files of torch.save begin with: the magic number, and the version of the format
+TORCH_MAGIC, TORCH_VERSION = 0x1950A86A20F9469CFC6C, 1001
 # what reading a damaged or hostile file can raise, here or in the standard library
 DAMAGE = (
     ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError,
@@ -38,33 +43,35 @@ class Weights(NamedTuple):
 
 
 def read_numpy(path: Path) -> Weights:
-    """A pickle of nested dictionaries of NumPy's float32 arrays.
+    """Read a pickle of nested dictionaries of float32 NumPy arrays.
 
-    Raises UserError, which names the file, for whatever else it is.
+    Raises UserError, which names the file, for anything else.
     """
 
-    def tree(data: bytes) -> Any:
-        return run(io.BytesIO(data))
+    def parse(data: bytes) -> Any:
+        return parse_pickle(io.BytesIO(data))
 
-    return _read(path, tree)
+    return _read(path, parse)
 
 
 def read_torch(path: Path) -> Weights:
-    """What torch.save wrote of a dictionary of tensors, such as a state_dict.
+    """Read a dictionary of tensors, such as a state_dict, that torch.save wrote.
 
-    Raises UserError, which names the file, for whatever else it is.
+    Raises UserError, which names the file, for anything else.
     """
 
-    def tree(data: bytes) -> Any:
-        return _zipped(data) if data[:2] == b"PK" else _in_sequence(io.BytesIO(data))
+    def parse(data: bytes) -> Any:
+        return _parse_zip(data) if data[:2] == b"PK" else _parse_sequence(io.BytesIO(data))
 
-    return _read(path, tree)
+    return _read(path, parse)
 
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Weights:
     try:
-        if (size := path.stat().st_size) > LARGEST or not path.is_file():
-            raise UserError(f"{path} is no file of weights: it is no file, or has {size:,} bytes")
+        if (size := path.stat().st_size) > MAX_BYTES or not path.is_file():
+            raise UserError(
+                f"{path} is no file of weights: it is no regular file, or has {size:,} bytes"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
@@ -79,14 +86,14 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Weights:
 
 
 def take(weights: Weights, *names: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """The float32 array of this name, or names one inside the other.
+    """Return the float32 array at a path of names, one inside the other.
 
-    Raises UserError if it is missing, or has another shape.
+    Raises UserError if it is missing or has another shape.
     """
-    found: Any = weights.tree
+    node: Any = weights.tree
     for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
-    values = found.values if isinstance(found, Array) else None
+        node = node.get(name) if isinstance(node, dict) else None
+    values = node.values if isinstance(node, Array) else None
     spelled = "/".join(names)
     if values is None or values.dtype != np.float32:
         raise UserError(
@@ -95,18 +102,205 @@ def take(weights: Weights, *names: str, shape: tuple[int, ...]) -> Float[np.ndar
     if values.shape != shape:
         raise UserError(
             f"{weights.path} is no file of these weights: "
-            f"{spelled} has shape {values.shape} in the place of {shape}"
+            f"{spelled} has shape {values.shape} instead of {shape}"
         )
     return values
 
 
-# Torch's two formats. ----------------------------------------------------------------------------
+# Pickles ------------------------------------------------------------------------------------------
 
 
-def _zipped(data: bytes) -> dict[str, Array]:
+@dataclass(frozen=True)
+class Name:
+    """A function or class that a pickle names: it is compared with texts, and never imported."""
+
+    text: str  # "OrderedDict of collections"
+
+
+@dataclass
+class Array:
+    """An array that a file declares first and fills later, as pickles of NumPy do."""
+
+    values: np.ndarray | None = None
+
+
+@dataclass
+class Dtype:
+    """A NumPy dtype, with the byte order that a later instruction sets."""
+
+    code: str
+    order: str = ""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A range of values in a file, which several tensors may share."""
+
+    key: str
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A torch tensor: a view of a storage."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in values
+
+
+MARK = Name("the mark")
+STORAGE_DTYPES = {"FloatStorage of torch": "<f4", "LongStorage of torch": "<i8"}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: MARK,
+}
+LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
+    "SHORT_BINBYTES",
+}  # fmt: skip
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def parse_pickle(file: io.BytesIO) -> Any:
+    """Build what the pickle at the file's current position describes, and stop behind it.
+
+    Raises ValueError for an instruction, a function or a type that weights do not need, and one of
+    `DAMAGE` for a damaged pickle.
+    """
+    stack: list[Any] = []
+    memo: dict[Any, Any] = {}
+    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+        if count > MAX_INSTRUCTIONS:
+            raise ValueError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        match code.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name]())
+            case name if name in LITERALS:
+                stack.append(argument)
+            case name if name in TUPLES:
+                stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
+            case "TUPLE":
+                stack.append(tuple(_pop_to_mark(stack)))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if code.name == "APPEND" else _pop_to_mark(stack)
+                _require(stack[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(-2), stack.pop()] if code.name == "SETITEM" else None
+                _set_items(stack, items or _pop_to_mark(stack))
+            case "GLOBAL":
+                module, _, attribute = str(argument).rpartition(" ")
+                stack.append(Name(f"{attribute} of {module}"))
+            case "STACK_GLOBAL":
+                attribute, module = _require(stack.pop(), str), _require(stack.pop(), str)
+                stack.append(Name(f"{attribute} of {module}"))
+            case "REDUCE":
+                arguments, called = _require(stack.pop(), tuple), _require(stack.pop(), Name)
+                stack.append(_call(called, arguments))
+            case "BUILD":
+                state = stack.pop()
+                _set_state(stack[-1], state)
+            case "BINPERSID":
+                stack.append(_storage(_require(stack.pop(), tuple)))
+            case other:
+                raise ValueError(f"it has an instruction that weights do not need, {other}")
+    (result,) = stack
+    return result
+
+
+def _require(value: Any, kind: type) -> Any:
+    """Return the value. Raises ValueError if it is of another type."""
+    if type(value) is not kind:
+        raise ValueError(f"it has a {type(value).__name__} instead of a {kind.__name__}")
+    return value
+
+
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    items = []
+    while (item := stack.pop()) is not MARK:
+        items.append(item)
+    return items[::-1]
+
+
+def _set_items(stack: list[Any], items: list[Any]) -> None:
+    target = _require(stack[-1], dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[_require(key, str)] = value
+
+
+def _call(called: Name, arguments: tuple[Any, ...]) -> Any:
+    """Do what the few functions do that files of weights call, without calling them."""
+    match called.text, arguments:
+        case (
+            "_reconstruct of numpy.core.multiarray" | "_reconstruct of numpy._core.multiarray",
+            (Name("ndarray of numpy"), _, _),
+        ):
+            return Array()
+        case "dtype of numpy", (str() as code, False, True):
+            return Dtype(code)
+        case "OrderedDict of collections", ():
+            return {}
+        case (
+            "_rebuild_tensor_v2 of torch._utils",
+            (Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_),
+        ):
+            return Tensor(storage, offset, _sizes(shape), _sizes(strides))
+    raise ValueError(f"it calls for {called.text!r}, which weights do not need")
+
+
+def _set_state(target: Any, state: Any) -> None:
+    match target, state:
+        case Dtype(), (int(), str() as order, *_):
+            target.order = order
+        case Array(), (1, tuple() as shape, Dtype() as dtype, bool() as by_column, bytes() as data):
+            if (dtype.order, dtype.code) != ("<", "f4"):
+                raise ValueError(f"it has an array of {dtype.order + dtype.code!r}, not of '<f4'")
+            order = "F" if by_column else "C"
+            target.values = np.frombuffer(data, "<f4").reshape(_sizes(shape), order=order)
+        case dict(), dict():
+            pass  # what torch notes of the modules beside their weights
+        case _:
+            raise ValueError(f"it sets the state of a {type(target).__name__}, unlike weights")
+
+
+def _sizes(values: tuple[Any, ...]) -> tuple[int, ...]:
+    if not all(type(n) is int and 0 <= n < 2**40 for n in values):
+        raise ValueError("it has an array of an impossible shape")
+    return values
+
+
+def _storage(description: tuple[Any, ...]) -> Storage:
+    match description:
+        case ("storage", Name(text), str() as key, str(), int() as count, *rest):
+            # older files name a part of a storage here, which no state_dict has needed since
+            if text in STORAGE_DTYPES and rest in ([], [None]):
+                return Storage(key, STORAGE_DTYPES[text], count)
+    raise ValueError("it has tensors of a type that weights do not need")
+
+
+# The two formats of torch.save --------------------------------------------------------------------
+
+
+def _parse_zip(data: bytes) -> dict[str, Array]:
+    """Read the format since torch 1.6: a zip with a pickle and one member per storage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
-        # stored as they are, each once: no small file grows large
+        # uncompressed, and each only once: no small file grows large
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is a compressed zip, which torch.save does not write")
         if sum(member.file_size for member in members) > len(data):
@@ -117,28 +311,30 @@ def _zipped(data: bytes) -> dict[str, Array]:
             order = archive.read(f"{folder}byteorder")
             if order != b"little":
                 raise ValueError("its numbers are not little-endian")
-        tree = as_kind(run(io.BytesIO(archive.read(program))), dict)
+        tree = _require(parse_pickle(io.BytesIO(archive.read(program))), dict)
         keys = {t.storage.key for t in tree.values() if isinstance(t, Tensor)}
-        return _arrays(tree, {key: archive.read(f"{folder}data/{key}") for key in keys})
+        return _to_arrays(tree, {key: archive.read(f"{folder}data/{key}") for key in keys})
 
 
-def _in_sequence(file: io.BytesIO) -> dict[str, Array]:
-    """The format before version 1.6: pickles one after the other, then the storages, each after the
-    number of its values."""
-    if (run(file), run(file)) != (MAGIC, VERSION):
+def _parse_sequence(file: io.BytesIO) -> dict[str, Array]:
+    """Read the format before torch 1.6: pickles one after the other, then the storages, each after
+    the number of its values."""
+    if (parse_pickle(file), parse_pickle(file)) != (TORCH_MAGIC, TORCH_VERSION):
         raise ValueError("it was not written by torch.save")
-    if as_kind(run(file), dict).get("little_endian") is not True:
+    if _require(parse_pickle(file), dict).get("little_endian") is not True:
         raise ValueError("its numbers are not little-endian")
-    tree, keys = as_kind(run(file), dict), as_kind(run(file), list)
+    tree, keys = _require(parse_pickle(file), dict), _require(parse_pickle(file), list)
     widths = {t.storage.key: t.storage.dtype for t in tree.values() if isinstance(t, Tensor)}
     stored = {}
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         stored[key] = file.read(max(0, count) * np.dtype(widths[key]).itemsize)
-    return _arrays(tree, stored)
+    return _to_arrays(tree, stored)
 
 
-def _arrays(tree: dict[str, Any], stored: dict[str, bytes]) -> dict[str, Array]:
+def _to_arrays(tree: dict[str, Any], stored: dict[str, bytes]) -> dict[str, Array]:
+    """Turn tensors into arrays over the bytes of their storages. Raises ValueError for a tensor
+    that reaches beyond its storage."""
     arrays = {}
     for name, tensor in tree.items():
         if not isinstance(tensor, Tensor):

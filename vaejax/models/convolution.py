@@ -1,17 +1,17 @@
-"""Convolutions and their transposes: "same" padding as in Keras, any stride, exact in every form.
+"""Convolutions and transposed convolutions with "same" padding as in Keras and any stride.
 
-A convolution is linear in its image x and in its kernel w. Three maps, each the adjoint of the
-others, are all that it, its transpose and the gradients of both need:
+A convolution is linear in its input x and in its kernel w. Three functions compute it, its
+transpose and the gradients of both:
 
-    forward(x, w)             a convolution; the gradient of a transposed one by its input
-    input_gradient(g, w)      a transposed convolution; the gradient of a convolution by its input
-    kernel_gradient(x, g)     the gradient of either by its kernel
+    forward(x, w)             a convolution; the input gradient of a transposed convolution
+    input_gradient(g, w)      a transposed convolution; the input gradient of a convolution
+    kernel_gradient(x, g)     the kernel gradient of either
 
-`jax.custom_vjp` ties them together, because what JAX derives by itself is the same mathematics in
-shapes that XLA runs slowly on a CPU, some of them a hundred times slower. `native_form` says which
-are taken by kernels of our own, `form` in which shape XLA gets the rest: the only places that know
-what is fast where. `compiler_options` is for whoever compiles the program.
-`benchmarks/convolutions.py` measures both.
+`jax.custom_vjp` connects them, because XLA runs the gradients that JAX derives slowly on a CPU,
+some of them a hundred times slower. The result is the same up to rounding, whichever way it is
+computed: `native_algorithm` chooses one of the C++ kernels, and `xla_form` the expression that XLA
+gets otherwise. Only these two know what is fast on which backend. Whoever compiles a program with
+convolutions passes it `compiler_options`. `benchmarks/convolutions.py` measures the speed.
 """
 
 from functools import cache, partial
@@ -23,20 +23,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vaejax import native
+from vaejax import kernels
 
-Form = Literal["plain", "phases", "patches"]  # of what XLA computes
+Form = Literal["plain", "phases", "patches"]  # names of the functions below
 Shape = tuple[int, ...]
-Paddings = list[tuple[int, int]]  # before and after, rows and columns; negative cuts off
+Paddings = list[tuple[int, int]]  # before and after, of rows and columns; negative values crop
 
-# below this many products the slowest form ends in a few milliseconds, and "plain" compiles sooner
-TINY = 2**20
-# below this many tiles Winograd's kernels take longer to transform than the tiles to multiply
-FEW_TILES = 32
-FEW_CHANNELS = 4
+# With fewer multiplications the slowest form takes a few milliseconds, and "plain" compiles sooner.
+MIN_PRODUCTS = 2**20
+# With fewer tiles, Winograd's transform of the kernels takes longer than the products.
+MIN_TILES = 32
+# The "windows" kernels are for images of few channels.
+MAX_WINDOW_CHANNELS = 4
 
-# jaxlib 0.10 gives a CPU's convolutions to YNNPACK, which runs those of few channels on one thread;
-# Eigen takes every core. Matrix products and sums stay with YNNPACK, which is faster there.
+# On a CPU jaxlib 0.10 computes convolutions with YNNPACK, which runs those of few channels on one
+# thread. These options make it use Eigen, which uses all cores, for convolutions only: YNNPACK is
+# faster for matrix products and sums.
 EIGEN_CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -46,9 +48,10 @@ EIGEN_CONVOLUTIONS = {
 
 @cache
 def compiler_options() -> dict[str, str]:
-    """For `jax.jit` of a program with convolutions: they change its speed, not its results.
+    """Return the options of `jax.jit` for a program with convolutions: they change only its speed.
 
-    Empty on other backends, and where jaxlib does not know the option: it calls it experimental.
+    Empty on other backends than a CPU, and if jaxlib, which calls the option experimental, does not
+    know it.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -62,17 +65,17 @@ def compiler_options() -> dict[str, str]:
 def convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k l c o"], *, stride: int
 ) -> Float[Array, "b i j o"]:
-    """Convolve with "same" padding: `i` and `j` are `h` and `w` over the stride, rounded up."""
+    """Convolve with "same" padding; i and j are h and w divided by the stride, rounded up."""
     return _convolve(x, kernel, stride)
 
 
 def convolve_transposed(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k l o c"], *, stride: int
 ) -> Float[Array, "b i j o"]:
-    """Apply the adjoint of `convolve`: `i` and `j` are `h` and `w` times the stride.
+    """Apply the adjoint of `convolve`, which is Keras' Conv2DTranspose; i, j are h, w times stride.
 
-    Keras' Conv2DTranspose. The kernel has its layout too, outputs before inputs: it is the kernel
-    of the convolution that is transposed.
+    The kernel is that of the convolution that is transposed, so that its output channels come
+    before its input channels, as in Keras.
     """
     return _convolve_transposed(x, kernel, stride)
 
@@ -103,7 +106,7 @@ def _convolve_transposed_forward(x, kernel, stride):
 
 
 def _convolve_transposed_backward(stride, saved, g):
-    x, kernel = saved  # x takes the place of the convolution's output, g that of its input
+    x, kernel = saved  # x has the shape of the convolution's output, g that of its input
     return forward(g, kernel, stride), kernel_gradient(g, x, stride, kernel.shape[:2])
 
 
@@ -111,50 +114,56 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 _convolve_transposed.defvjp(_convolve_transposed_forward, _convolve_transposed_backward)
 
 
-# The three maps. In formulas one direction of the image stands for both. -------------------------
+# Forward, input gradient, kernel gradient. The formulas are for one direction of the image. -------
 
 
 def forward(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k l c o"], stride: int
 ) -> Float[Array, "b i j o"]:
-    """y[i] = sum over p of x[stride i + p - low] w[p]."""
+    """Compute y[i] = sum over p of x[stride i + p - low] w[p].
+
+    `low` is the number of zeros in front of the image.
+    """
     outputs = tuple(-(-n // stride) for n in x.shape[1:3])
     paddings = _same(x.shape[1:3], outputs, kernel.shape[:2], stride)
-    if (ours := native_form(x.shape, kernel.shape, stride, x, kernel)) is not None:
-        return native.forward(ours, x, kernel, **_window(ours, paddings, stride))
+    if algorithm := native_algorithm(x.shape, kernel.shape, stride, x, kernel):
+        return kernels.forward(algorithm, x, kernel, **_window(algorithm, paddings, stride))
     return correlate(x, kernel, paddings, stride=stride)
 
 
 def input_gradient(
     g: Float[Array, "b i j o"], kernel: Float[Array, "k l c o"], stride: int, size: Shape
 ) -> Float[Array, "b h w c"]:
-    """dx[n] = sum of g[i] w[p] over the i and p with stride i + p - low = n; `size` is (h, w).
+    """Compute dx[n] = sum of g[i] w[p] over all i and p with stride i + p - low = n.
 
-    The same kind of sum as `forward`, of g with stride - 1 zeros between its pixels, by the kernel
-    turned by 180 degrees.
+    `size` is the (h, w) of the result. This is the sum of `forward` for g with stride - 1 zeros
+    between its pixels and the kernel rotated by 180 degrees.
     """
     taps = kernel.shape[:2]
     same = _same(size, g.shape[1:3], taps, stride)
-    image = (g.shape[0], *size, kernel.shape[2])
-    if (ours := native_form(image, kernel.shape, stride, g, kernel)) is not None:
-        return native.input_gradient(ours, g, kernel, size, **_window(ours, same, stride))
+    shape = (g.shape[0], *size, kernel.shape[2])
+    if algorithm := native_algorithm(shape, kernel.shape, stride, g, kernel):
+        window = _window(algorithm, same, stride)
+        return kernels.input_gradient(algorithm, g, kernel, size, **window)
     paddings = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, same, strict=True)]
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)  # [k l o c]
-    return correlate(g, turned, paddings, dilation=stride)
+    rotated = kernel[::-1, ::-1].swapaxes(2, 3)  # [k l o c]
+    return correlate(g, rotated, paddings, dilation=stride)
 
 
 def kernel_gradient(
     x: Float[Array, "b h w c"], g: Float[Array, "b i j o"], stride: int, size: Shape
 ) -> Float[Array, "k l c o"]:
-    """dw[p] = sum over i of x[stride i + p - low] g[i]; `size` is (k, l).
+    """Compute dw[p] = sum over i of x[stride i + p - low] g[i].
 
-    A convolution of x by g in which the images of the batch play the channels, and the channels
-    the images. Here the kernel, g, is what is dilated, which XLA takes well: one form is enough.
+    `size` is the (k, l) of the result. This is a convolution of x by g, with the batch as its
+    channels and the channels as its batch. As it is g, the kernel, that is dilated, it is fast in
+    XLA as it stands, and needs no other form.
     """
     paddings = _same(x.shape[1:3], g.shape[1:3], size, stride)
-    kernel = (*size, x.shape[3], g.shape[3])
-    if (ours := native_form(x.shape, kernel, stride, x, g)) is not None:
-        return native.kernel_gradient(ours, x, g, size, **_window(ours, paddings, stride))
+    shape = (*size, x.shape[3], g.shape[3])
+    if algorithm := native_algorithm(x.shape, shape, stride, x, g):
+        window = _window(algorithm, paddings, stride)
+        return kernels.kernel_gradient(algorithm, x, g, size, **window)
     return lax.conv_general_dilated(
         x,
         g,
@@ -165,30 +174,41 @@ def kernel_gradient(
     )
 
 
-def native_form(image: Shape, kernel: Shape, stride: int, *given: Array) -> native.Form | None:
-    """The kernels of our own that take this convolution and all its maps, of the shapes of image
-    and kernel, for the arrays that are given; None for XLA."""
-    (b, h, w, c), (k, taps, *_) = image, kernel
-    found: native.Form | None = None
-    if k == taps and k >= stride and c <= FEW_CHANNELS:
-        found = "windows"
-    elif (k, taps, stride) == (5, 5, 2) and b * -(-h // 8) * -(-w // 8) >= FEW_TILES:
-        found = "winograd"
+def native_algorithm(
+    image: Shape, kernel: Shape, stride: int, *operands: Array
+) -> kernels.Algorithm | None:
+    """Choose the C++ kernels for a convolution and its gradients; None leaves it to XLA.
+
+    `image` and `kernel` are the shapes of the convolution, whichever of the three functions is
+    computed; `operands` are the arrays that it is computed from.
+    """
+    (b, h, w, c), (rows, columns, *_) = image, kernel
+    algorithm: kernels.Algorithm
+    if rows == columns and rows >= stride and c <= MAX_WINDOW_CHANNELS:
+        algorithm = "windows"
+    elif (rows, columns, stride) == (5, 5, 2) and b * -(-h // 8) * -(-w // 8) >= MIN_TILES:
+        algorithm = "winograd"
+    else:
+        return None
     products = b * h * w * prod(kernel) // stride**2
-    fits = h % stride == w % stride == 0 and products >= TINY
-    serves = found and fits and all(native.serves(array.dtype) for array in given)
-    return found if serves else None
+    if h % stride or w % stride or products < MIN_PRODUCTS:
+        return None
+    return algorithm if all(kernels.supports(array.dtype) for array in operands) else None
 
 
-def _window(ours: native.Form, paddings: Paddings, stride: int) -> dict[str, int]:
-    if ours == "winograd":
+def _window(algorithm: kernels.Algorithm, paddings: Paddings, stride: int) -> dict[str, int]:
+    """Return the keyword arguments that the kernels need besides the arrays."""
+    if algorithm == "winograd":
         return {}
     (top, _), (left, _) = paddings
     return {"stride": stride, "top": top, "left": left}
 
 
 def _same(inputs: Shape, outputs: Shape, taps: Shape, stride: int) -> Paddings:
-    """TensorFlow's "same" padding, the odd pixel behind; cuts off what no tap meets."""
+    """Return TensorFlow's "same" padding, whose odd pixel comes last.
+
+    It is negative, and so crops, where the stride is larger than the kernel.
+    """
     paddings = []
     for n, m, k in zip(inputs, outputs, taps, strict=True):
         total = (m - 1) * stride + k - n
@@ -197,14 +217,14 @@ def _same(inputs: Shape, outputs: Shape, taps: Shape, stride: int) -> Paddings:
     return paddings
 
 
-# Forms of y[i] = sum over p of z[stride i + p - low] w[p], where z is the image with
-# dilation - 1 zeros between its pixels, padded. ---------------------------------------------------
+# Correlations in XLA: y[i] = sum over p of x[stride i + p - low] w[p], where x is the image with
+# dilation - 1 zeros between its pixels, and zeros around it. --------------------------------------
 
 
-def form(image: Shape, kernel: Shape, *, stride: int = 1, dilation: int = 1) -> Form:
-    """The form that is fast on this backend, by the shapes of image and kernel."""
+def xla_form(image: Shape, kernel: Shape, *, stride: int = 1, dilation: int = 1) -> Form:
+    """Choose the form that is fastest on this backend, by the shapes of image and kernel."""
     products = prod(image[:3]) * prod(kernel) // stride**2
-    if jax.default_backend() != "cpu" or products < TINY:
+    if jax.default_backend() != "cpu" or products < MIN_PRODUCTS:
         return "plain"
     if 1 < dilation <= min(kernel[:2]):
         return "phases"
@@ -221,8 +241,8 @@ def correlate(
     stride: int = 1,
     dilation: int = 1,
 ) -> Float[Array, "b i j o"]:
-    """The sum above in the form that `form` chooses."""
-    match form(image.shape, kernel.shape, stride=stride, dilation=dilation):
+    """Compute the sum above in the form that `xla_form` chooses."""
+    match xla_form(image.shape, kernel.shape, stride=stride, dilation=dilation):
         case "plain":
             return plain(image, kernel, paddings, stride, dilation)
         case "phases":
@@ -238,8 +258,11 @@ def plain(
     stride: int = 1,
     dilation: int = 1,
 ) -> Float[Array, "b i j o"]:
-    """XLA's own convolution: best on a GPU, where cuDNN takes it as it is, and best on a CPU for
-    images without dilation that are no smaller than the kernel."""
+    """Convolve with XLA's own operation.
+
+    The fastest form on a GPU, where cuDNN computes it directly, and on a CPU for images without
+    dilation that are at least as large as the kernel.
+    """
     return lax.conv_general_dilated(
         image,
         kernel,
@@ -256,16 +279,16 @@ def phases(
     paddings: Paddings,
     dilation: int,
 ) -> Float[Array, "b i j o"]:
-    """A dilated image, without multiplying its zeros: best on a CPU.
+    """Convolve a dilated image without multiplying its zeros: the fastest form on a CPU.
 
-    The output's pixels n = dilation a + r of phase r meet every dilation-th tap only,
-    p = first + dilation t where low - r = dilation before + first, so that
-    y[dilation a + r] = sum over t of image[a + t - before] w[first + dilation t]:
-    a small convolution without dilation for each phase, whose outputs are then interleaved.
+    The outputs n = dilation a + r of phase r depend on every dilation-th tap only:
+    p = first + dilation t, where low - r = dilation before + first. So
+    y[dilation a + r] = sum over t of image[a + t - before] w[first + dilation t]
+    is a small convolution without dilation for each phase; their outputs are interleaved.
     """
     directions = zip(image.shape[1:3], kernel.shape[:2], paddings, strict=True)
     (i, rows), (j, columns) = (_phases(*direction, dilation) for direction in directions)
-    lines = [
+    phase_rows = [
         jnp.stack(
             [
                 correlate(image, kernel[top::dilation, left::dilation], [row, column])
@@ -275,22 +298,22 @@ def phases(
         )
         for top, row in rows
     ]
-    interleaved = jnp.stack(lines, axis=2)  # [b a (phase of the row) a (phase of the column) o]
+    interleaved = jnp.stack(phase_rows, axis=2)  # [b a (row's phase) a (column's phase) o]
     b, a, _, _, _, o = interleaved.shape
     return interleaved.reshape(b, a * dilation, -1, o)[:, :i, :j]
 
 
 def _phases(n: int, taps: int, padding: tuple[int, int], dilation: int):
-    """The size of the output, and of each phase the first tap and the padding."""
+    """Return the size of the output, and the first tap and the padding of every phase."""
     low, high = padding
     size = dilation * (n - 1) + 1 + low + high - taps + 1
-    found = []
+    firsts_and_paddings = []
     for r in range(dilation):
         before, first = divmod(low - r, dilation)
         count = -(-(taps - first) // dilation)
         after = -(-size // dilation) - n - before + count - 1
-        found.append((first, (before, after)))
-    return size, found
+        firsts_and_paddings.append((first, (before, after)))
+    return size, firsts_and_paddings
 
 
 def patches(
@@ -299,18 +322,18 @@ def patches(
     paddings: Paddings,
     stride: int = 1,
 ) -> Float[Array, "b i j o"]:
-    """One matrix product, of the patches that the kernel meets, laid side by side, by the kernel.
+    """Convolve by one matrix product of the image's patches and the kernel (im2col).
 
-    Best on a CPU for an image smaller than the kernel, which XLA leaves to a naive loop: there the
-    patches take little memory.
+    The fastest form on a CPU for an image smaller than the kernel, for which XLA uses a naive loop;
+    the patches of such an image take little memory.
     """
     rows, columns = kernel.shape[:2]
     edges = [(0, 0, 0), *((low, high, 0) for low, high in paddings), (0, 0, 0)]
     padded = lax.pad(image, jnp.zeros((), image.dtype), edges)
     i, j = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
-    met = [  # by each tap, [b i j c]
+    shifted = [  # the pixels that each tap multiplies, [b i j c]
         padded[:, p : p + i : stride, q : q + j : stride]
         for p in range(rows)
         for q in range(columns)
     ]
-    return jnp.concatenate(met, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])

@@ -1,64 +1,71 @@
 """The deep convolutional autoencoder: convolutions and pooling, upsampling and convolutions."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from vaejax.models.autoencoder import Autoencoder, divisible
-from vaejax.models.layers import Block, Convolution, MaxPool, Upsample, relu, sigmoid
+from vaejax.models.autoencoder import Autoencoder, require_divisible, require_positive
+from vaejax.models.layers import Block, Convolution, MaxPool, Upsample
 
 
-@dataclass(frozen=True)
 class Convolutional(Autoencoder):
-    """The recipe has 16, 8 and 8 channels.
+    """The notebook's layers have 16, 8 and 8 channels; z is `[b size/8 size/8 width]`.
 
     Its digits of 28 pixels went to 14, 7 and, rounded up, 4, and came back to 28 by way of a
     convolution without padding; here every side is halved and doubled.
     """
 
-    width: int = 8  # channels of the code; the layers at the image's own size have twice as many
+    width: int = 8  # channels of z; the layers at the image's own size have twice as many
 
     title: ClassVar[str] = "deep convolutional autoencoder"
 
     def __post_init__(self) -> None:
-        divisible(self, by=8, least=8)  # three halvings
+        require_divisible(self, by=8, least=8)  # three halvings
+        require_positive(self, "width")
+        super().__post_init__()
 
-    @property
-    def code(self) -> tuple[int, ...]:
-        return (self.size // 8, self.size // 8, self.width)
+    def setup(self) -> None:
+        """Create the encoder and the decoder."""
+        self.encoder = Encoder(self.width)
+        self.decoder = Decoder(self.width, self.channels)
 
-    def encoder(self, *, axis: str | None) -> nn.Module:
-        return Encoder(self)
+    def encode(
+        self, x: Float[Array, "b h w c"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b p q d"]:
+        """Return z, `[b size/8 size/8 width]`."""
+        return self.encoder(x, train=train)
 
-    def decoder(self, *, axis: str | None) -> nn.Module:
-        return Decoder(self)
+    def decode(
+        self, z: Float[Array, "b p q d"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Return the image of z."""
+        return self.decoder(z, train=train)
 
 
 class Encoder(nn.Module):
-    model: Convolutional
+    width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b p q d"]:
-        width = self.model.width
-        for i, features in enumerate((2 * width, width, width), 1):
+        for i, features in enumerate((2 * self.width, self.width, self.width), 1):
             layer = partial(Convolution, features, kernel_size=3)
-            x = Block(layer, relu, name=f"conv_{i}")(x, train=train)
+            x = Block(layer, nn.relu, name=f"conv_{i}")(x, train=train)
             x = MaxPool(name=f"pool_{i}")(x)
         return x
 
 
 class Decoder(nn.Module):
-    model: Convolutional
+    width: int
+    channels: int
 
     @nn.compact
-    def __call__(self, code: Float[Array, "b p q d"], *, train: bool) -> Float[Array, "b h w c"]:
-        x, width = code, self.model.width
-        for i, features in enumerate((width, width, 2 * width), 1):
+    def __call__(self, z: Float[Array, "b p q d"], *, train: bool) -> Float[Array, "b h w c"]:
+        x = z
+        for i, features in enumerate((self.width, self.width, 2 * self.width), 1):
             layer = partial(Convolution, features, kernel_size=3)
-            x = Block(layer, relu, name=f"conv_{i}")(x, train=train)
+            x = Block(layer, nn.relu, name=f"conv_{i}")(x, train=train)
             x = Upsample(name=f"up_{i}")(x)
-        layer = partial(Convolution, self.model.channels, kernel_size=3)
-        return Block(layer, sigmoid, name="output")(x, train=train)
+        layer = partial(Convolution, self.channels, kernel_size=3)
+        return Block(layer, nn.sigmoid, name="output")(x, train=train)

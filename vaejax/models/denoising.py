@@ -1,6 +1,5 @@
-"""The denoising autoencoder: it is shown a noisy image and learns to give the clean one."""
+"""The denoising autoencoder: it is shown a noisy image and trained to return the clean one."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -9,64 +8,80 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from vaejax.models.autoencoder import Autoencoder, divisible
-from vaejax.models.layers import Block, Convolution, MaxPool, Norm, Upsample, relu, sigmoid
+from vaejax.models.autoencoder import Autoencoder, require_divisible, require_positive
+from vaejax.models.layers import Block, Convolution, MaxPool, Norm, Upsample
 
 
-@dataclass(frozen=True)
 class Denoising(Autoencoder):
-    """The defaults are the recipe's. It drew its noise once, before training; here it is drawn
-    afresh for every image of every batch, so that no noise can be learned by heart."""
+    """The defaults are the notebook's; z is `[b size/4 size/4 width]`.
+
+    The notebook drew its noise once, before training; here it is drawn afresh for every image of
+    every batch, so that no noise can be memorized.
+    """
 
     width: int = 32  # channels of every layer but the last
     noise: float = 0.1  # its standard deviation, where 1 is from black to white
-    norm: Norm = "batch"  # what Keras' `fit`, which the recipe calls, does
+    norm: Norm = "batch"  # what Keras' `fit`, which the notebook calls, does
 
     title: ClassVar[str] = "denoising autoencoder"
     denoises: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        divisible(self, by=4, least=4)  # two halvings
+        require_divisible(self, by=4, least=4)  # two halvings
+        require_positive(self, "width")
+        super().__post_init__()
 
-    @property
-    def code(self) -> tuple[int, ...]:
-        return (self.size // 4, self.size // 4, self.width)
+    def setup(self) -> None:
+        """Create the encoder and the decoder."""
+        self.encoder = Encoder(self.width, self.norm)
+        self.decoder = Decoder(self.width, self.channels, self.norm)
 
-    def encoder(self, *, axis: str | None) -> nn.Module:
-        return Encoder(self, axis)
+    def encode(
+        self, x: Float[Array, "b h w c"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b p q d"]:
+        """Return z, `[b size/4 size/4 width]`."""
+        return self.encoder(x, train=train, axis=axis)
 
-    def decoder(self, *, axis: str | None) -> nn.Module:
-        return Decoder(self, axis)
+    def decode(
+        self, z: Float[Array, "b p q d"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Return the image of z."""
+        return self.decoder(z, train=train, axis=axis)
 
     def corrupt(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "..."]:
-        """x with Gaussian noise, clipped to [0, 1], as a noisy picture in a file would be."""
+        """Return x with Gaussian noise, clipped to [0, 1], as a picture in a file would be."""
         draw = partial(jax.random.normal, shape=x.shape[1:], dtype=x.dtype)
         return jnp.clip(x + self.noise * jax.vmap(draw)(keys), 0, 1)
 
 
 class Encoder(nn.Module):
-    model: Denoising
-    axis: str | None = None
+    width: int
+    norm: Norm
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b p q d"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, axis: str | None
+    ) -> Float[Array, "b p q d"]:
         for i in (1, 2):
-            layer = partial(Convolution, self.model.width, kernel_size=3)
-            block = Block(layer, relu, self.model.norm, self.axis, name=f"conv_{i}")
-            x = MaxPool(name=f"pool_{i}")(block(x, train=train))
+            layer = partial(Convolution, self.width, kernel_size=3)
+            block = Block(layer, nn.relu, self.norm, name=f"conv_{i}")
+            x = MaxPool(name=f"pool_{i}")(block(x, train=train, axis=axis))
         return x
 
 
 class Decoder(nn.Module):
-    model: Denoising
-    axis: str | None = None
+    width: int
+    channels: int
+    norm: Norm
 
     @nn.compact
-    def __call__(self, code: Float[Array, "b p q d"], *, train: bool) -> Float[Array, "b h w c"]:
-        x = code
+    def __call__(
+        self, z: Float[Array, "b p q d"], *, train: bool, axis: str | None
+    ) -> Float[Array, "b h w c"]:
+        x = z
         for i in (1, 2):
-            layer = partial(Convolution, self.model.width, kernel_size=3)
-            block = Block(layer, relu, self.model.norm, self.axis, name=f"conv_{i}")
-            x = Upsample(name=f"up_{i}")(block(x, train=train))
-        layer = partial(Convolution, self.model.channels, kernel_size=3)
-        return Block(layer, sigmoid, name="output")(x, train=train)
+            layer = partial(Convolution, self.width, kernel_size=3)
+            block = Block(layer, nn.relu, self.norm, name=f"conv_{i}")
+            x = Upsample(name=f"up_{i}")(block(x, train=train, axis=axis))
+        layer = partial(Convolution, self.channels, kernel_size=3)
+        return Block(layer, nn.sigmoid, name="output")(x, train=train)

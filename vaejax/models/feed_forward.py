@@ -1,53 +1,60 @@
 """The simplest autoencoder: one dense layer to a bottleneck, one dense layer back."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from vaejax.models.autoencoder import Autoencoder, divisible
-from vaejax.models.layers import Block, Dense, relu, sigmoid
+from vaejax.models.autoencoder import Autoencoder, require_divisible, require_positive
+from vaejax.models.layers import Block, Dense
 
 
-@dataclass(frozen=True)
 class FeedForward(Autoencoder):
-    """The recipe's code has 32 numbers, for grey digits of 28 pixels."""
+    """The notebook's bottleneck has 32 numbers, for grey digits of 28 pixels."""
 
     latent_dim: int = 32
 
     title: ClassVar[str] = "feed-forward autoencoder"
 
     def __post_init__(self) -> None:
-        divisible(self, by=1, least=1)
+        require_divisible(self, by=1, least=1)
+        require_positive(self, "latent_dim")
+        super().__post_init__()
 
-    @property
-    def code(self) -> tuple[int, ...]:
-        return (self.latent_dim,)
+    def setup(self) -> None:
+        """Create the encoder and the decoder."""
+        self.encoder = Encoder(self.latent_dim)
+        self.decoder = Decoder(self.size, self.channels)
 
-    def encoder(self, *, axis: str | None) -> nn.Module:
-        return Encoder(self)
+    def encode(
+        self, x: Float[Array, "b h w c"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b d"]:
+        """Return z, `[b latent_dim]`."""
+        return self.encoder(x, train=train)
 
-    def decoder(self, *, axis: str | None) -> nn.Module:
-        return Decoder(self)
+    def decode(
+        self, z: Float[Array, "b d"], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Return the image of z."""
+        return self.decoder(z, train=train)
 
 
 class Encoder(nn.Module):
-    model: FeedForward
+    latent_dim: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b d"]:
-        layer = partial(Dense, self.model.latent_dim)
-        return Block(layer, relu, name="dense")(x.reshape(len(x), -1), train=train)
+        layer = partial(Dense, self.latent_dim)
+        return Block(layer, nn.relu, name="dense")(x.reshape(len(x), -1), train=train)
 
 
 class Decoder(nn.Module):
-    model: FeedForward
+    size: int
+    channels: int
 
     @nn.compact
-    def __call__(self, code: Float[Array, "b d"], *, train: bool) -> Float[Array, "b h w c"]:
-        size, channels = self.model.size, self.model.channels
-        layer = partial(Dense, size * size * channels)
-        x = Block(layer, sigmoid, name="output")(code, train=train)
-        return x.reshape(-1, size, size, channels)
+    def __call__(self, z: Float[Array, "b d"], *, train: bool) -> Float[Array, "b h w c"]:
+        layer = partial(Dense, self.size * self.size * self.channels)
+        x = Block(layer, nn.sigmoid, name="output")(z, train=train)
+        return x.reshape(-1, self.size, self.size, self.channels)

@@ -1,22 +1,25 @@
-"""Layers with Keras' conventions: its initialisers, its "same" padding, its batch norm."""
+"""Layers with Keras' conventions: its initializers, its "same" padding, its batch norm."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vaejax.models.convolution import convolve, convolve_transposed
 
-Norm = Literal["batch", "frozen"]
-Activation = Callable[[jax.Array], jax.Array]
+Norm = Literal["batch", "affine"]
+Activation = Callable[[Array], Array]
 
 glorot = nn.initializers.glorot_uniform()
+leaky_relu = partial(nn.leaky_relu, negative_slope=0.02)
 
 
 class Convolution(nn.Module):
+    """A convolution with "same" padding and a bias: `[b h w c]` -> `[b h/stride w/stride o]`."""
+
     features: int
     stride: int = 1
     kernel_size: int = 5
@@ -33,6 +36,8 @@ class Convolution(nn.Module):
 
 
 class TransposedConvolution(nn.Module):
+    """The transpose of a convolution, with a bias: `[b h w c]` -> `[b h*stride w*stride o]`."""
+
     features: int
     stride: int = 1
     kernel_size: int = 5
@@ -50,6 +55,8 @@ class TransposedConvolution(nn.Module):
 
 
 class Dense(nn.Module):
+    """A dense layer with a bias: `[b i]` -> `[b features]`."""
+
     features: int
 
     @nn.compact
@@ -76,7 +83,7 @@ class MaxPool(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel as a square of 2 × 2: nearest neighbour."""
+    """Each pixel as a square of 2 × 2 (nearest neighbour)."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
         b, h, w, c = x.shape
@@ -88,47 +95,30 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer, its activation, its norm, in the recipe's order: the norm comes last.
+    """A layer, its activation, its norm, in the report's order: the norm comes last.
 
-    "batch" is real batch norm. "frozen" is what the report's notebook trained without knowing it:
-    its model was called without `training=True`, so that mean 0 and variance 1 stay as they were
-    initialised and the norm is a learnable scale and shift.
+    "batch" is batch norm. "affine" is what the report's notebook trained without knowing it: its
+    model was called without `training=True`, so that the moving mean and variance stay 0 and 1 and
+    nothing is normalized: the layer is a learned scale and shift.
     """
 
     layer: Callable[..., nn.Module]  # builds it, so that its parameters lie within the block's
-    activation: Activation
+    activation: Activation | None = None
     norm: Norm | None = None
-    axis: str | None = None  # the devices whose images make one batch, under `jax.pmap`
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
-        x = self.activation(self.layer(name="layer")(x))
+    def __call__(
+        self, x: Float[Array, "b ..."], *, train: bool, axis: str | None = None
+    ) -> Float[Array, "b ..."]:
+        x = self.layer(name="layer")(x)
+        if self.activation is not None:
+            x = self.activation(x)
         if self.norm is None:
             return x
-        moving = self.norm == "frozen" or not train
-        axis = None if moving else self.axis
+        moving = self.norm == "affine" or not train
+        axis = None if moving else axis
         norm = nn.BatchNorm(moving, momentum=0.99, epsilon=1e-3, axis_name=axis, name="norm")
         return norm(x)
 
     def __str__(self) -> str:
         return str(self.layer(parent=None)) + (" + BN" if self.norm else "")
-
-
-def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return nn.relu(x)
-
-
-def leaky_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return nn.leaky_relu(x, 0.02)
-
-
-def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return nn.selu(x)
-
-
-def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return nn.sigmoid(x)
-
-
-def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x

@@ -1,7 +1,8 @@
-"""Checkpoints of the state and the position in the data, together. The only user of Orbax.
+"""Checkpoints: the state and the position in the data, atomic, and verified before they are used.
 
-A checkpoint is written under another name, its manifest last, put onto the disk and then renamed:
-what stands under a number was whole. It is compared with its manifest before it is believed.
+A checkpoint is written under a temporary name; its manifest, with the SHA-256 sum of every file,
+comes last; everything is flushed to the disk and then renamed. Orbax alone restores a checkpoint in
+which a bit has flipped without a word. This is the only user of Orbax.
 """
 
 import hashlib
@@ -19,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -27,122 +27,139 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from vaejax.errors import CheckpointError
-from vaejax.files import PARTIAL, flush
+from vaejax.files import PARTIAL, fsync, printable, read_json, write_json
 from vaejax.models import autoencoder
-from vaejax.training import manifest, parallel, run
-from vaejax.training.settings import differences, without_data
-from vaejax.training.state import TrainState
+from vaejax.models.autoencoder import Autoencoder
+from vaejax.system import versions
+from vaejax.training import devices
+from vaejax.training.step import TrainState
 
 FOLDER = "checkpoints"
-DAMAGED = "damaged"  # the folder beside the checkpoints where what is set aside lies
-FORMAT = "vaejax checkpoint 1"
+DAMAGED = "damaged"  # the folder beside the checkpoints that damaged ones are moved to
+FORMAT = "vaejax checkpoint 2"  # another number when old checkpoints can no longer be read
+MANIFEST = "manifest.json"
 
 
-def path(folder: Path, step: int) -> Path:
-    """Where a run has its checkpoint of so many updates."""
-    return folder / FOLDER / f"{step:07}"
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files are all as they were written."""
+
+    path: Path
+    step: int  # updates made so far
+    state_digest: str
+    spec: Mapping[str, Any]  # of the run, as JSON
+    versions: Mapping[str, str]  # of the libraries that wrote it
 
 
-def steps(folder: Path) -> list[int]:
-    """The updates after which a run has a checkpoint, be it damaged; oldest first."""
-    names = os.listdir(folder / FOLDER) if (folder / FOLDER).is_dir() else []
+class Damaged(Exception):
+    """What is wrong with a checkpoint, as half a sentence."""
+
+
+def path(run: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint after so many updates."""
+    return run / FOLDER / f"{step:07}"
+
+
+def steps(run: Path) -> list[int]:
+    """List the updates after which a run has a checkpoint, damaged or not, oldest first."""
+    names = os.listdir(run / FOLDER) if (run / FOLDER).is_dir() else []
     numbers = (int(name) for name in names if re.fullmatch(r"[0-9]{7,}", name))
-    return sorted(step for step in numbers if path(folder, step).name in names)
+    return sorted(step for step in numbers if path(run, step).name in names)
 
 
-def is_finished(folder: Path, step: int) -> bool:
-    """Whether a checkpoint was written to its end there; not whether it is still whole."""
-    return (path(folder, step) / manifest.NAME).is_file()
+def newest_path(run: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, damaged since or not."""
+    complete = [step for step in steps(run) if (path(run, step) / MANIFEST).is_file()]
+    return path(run, complete[-1]) if complete else None
 
 
-def settings(folder: Path) -> dict[str, Any] | None:
-    """Those that the newest checkpoint with a whole manifest was saved with, if there is one."""
-    for step in reversed(steps(folder)):
+def saved_spec(run: Path) -> Mapping[str, Any] | None:
+    """Return the spec that the newest checkpoint with a valid manifest was saved with, if any."""
+    for step in reversed(steps(run)):
         try:
-            return _read(folder, step)["settings"]
-        except manifest.Damaged:
+            return _read(run, step).spec
+        except Damaged:
             continue
     return None
-
-
-def digest(state: TrainState, position: Mapping[str, Any]) -> str:
-    """SHA-256 over all of a state, bit for bit, and the position in the data."""
-    total = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
-    for where, leaf in jax.tree_util.tree_leaves_with_path(parallel.here(state)):
-        array = np.ascontiguousarray(leaf)
-        total.update(f"{jax.tree_util.keystr(where)} {array.dtype} {array.shape}".encode())
-        total.update(array.data)
-    return total.hexdigest()
 
 
 # Writing ------------------------------------------------------------------------------------------
 
 
 def save(
-    folder: Path,
+    run: Path,
     state: TrainState,
-    batches: grain.DatasetIterator,
+    position: Mapping[str, Any],
     *,
-    settings: Mapping[str, Any],
+    spec: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """Write the state and the position of a run; when they are on the disk, only the newest `keep`
-    stay. A kill in between leaves nothing that looks whole.
+    """Write the state and the position in the data; then delete all but the newest `keep`.
 
-    It waits until all is written: the step donates its state, and a copy in the background of a
-    buffer that the next step writes over would not be the state it is said to be.
+    A kill in between leaves nothing that looks complete. The call waits until all is written: the
+    step donates its state, and a copy in the background of a buffer that the next step overwrites
+    would not be the state it is said to be.
 
-    Raises OSError where the disk does not take it; the older ones are all there then.
+    Raises OSError if the disk does not take it; the older checkpoints are all there then.
     """
-    step, position = int(state.step), dict(batches.get_state())
-    final = path(folder, step)
-    if not parallel.agreed((final / manifest.NAME).exists):
-        unfinished = final.with_name(f"{PARTIAL}{final.name}")
+    step, final = int(state.step), path(run, int(state.step))
+    if not devices.broadcast((final / MANIFEST).exists):
+        partial_path = final.with_name(f"{PARTIAL}{final.name}")
         try:
             with _quiet():
-                _orbax().save(
-                    unfinished.absolute(),
-                    ocp.args.Composite(
-                        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)
-                    ),
-                    force=True,
+                arguments = ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(position))
                 )
-            if parallel.is_first():
-                facts = {
+                _orbax().save(partial_path.absolute(), arguments, force=True)
+            if devices.is_first():
+                content = {
                     "format": FORMAT,
                     "step": step,
                     "state": digest(state, position),
-                    "settings": dict(settings),
-                    "versions": run.versions(),
+                    "spec": dict(spec),
+                    "versions": versions(),
                 }
-                manifest.write(unfinished, facts)
-                os.rename(unfinished, final)
-                flush(final.parent)
+                write_manifest(partial_path, content)
+                os.rename(partial_path, final)
+                fsync(final.parent)
         except Exception as error:  # Orbax has many for a disk that is full
-            # what it leaves behind would be told later, when it is collected
+            # what it leaves behind would be reported later, when it is collected
             warnings.filterwarnings("ignore", "coroutine .* was never awaited")
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            if parallel.is_first():
-                clear(folder)
+            if devices.is_first():
+                delete_unfinished(run)
             raise _as_os_error(error) from error
-        parallel.agreed(lambda: None)  # none goes on before it is there
-    if parallel.is_first():
-        # what is newer, or has no manifest, was put there by somebody else
-        older = [old for old in steps(folder) if old < step and is_finished(folder, old)]
-        for old in older[: max(0, len(older) - (keep - 1))]:
-            gone = path(folder, old).with_name(f"{PARTIAL}{old:07}")
-            os.rename(path(folder, old), gone)  # so that a kill leaves no half of it
-            shutil.rmtree(gone, ignore_errors=True)
+        devices.broadcast(lambda: None)  # no process goes on before it is there
+    if devices.is_first():
+        _delete_old(run, step, keep=keep)
 
 
-def clear(folder: Path) -> None:
-    """Take away what a kill in the middle of a save has left."""
-    for left in (folder / FOLDER).glob(f"{PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
+def _delete_old(run: Path, step: int, *, keep: int) -> None:
+    # what is newer, or has no manifest, was put there by somebody else
+    older = [n for n in steps(run) if n < step and (path(run, n) / MANIFEST).is_file()]
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        doomed = path(run, old).with_name(f"{PARTIAL}{old:07}")
+        os.rename(path(run, old), doomed)  # so that a kill leaves no half of it
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def delete_unfinished(run: Path) -> None:
+    """Delete what a kill in the middle of a save has left."""
+    for leftover in (run / FOLDER).glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def digest(state: TrainState, position: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over every bit of a state, and the position in the data."""
+    total = hashlib.sha256(json.dumps(position, sort_keys=True).encode())
+    for name, leaf in jax.tree_util.tree_leaves_with_path(devices.local(state)):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(name)} {array.dtype} {array.shape}".encode())
+        total.update(array.data)
+    return total.hexdigest()
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """Of TensorStore's words only the system's number says what the matter is."""
+    """Convert what Orbax raises; of TensorStore's words only the system's number is clear."""
     if isinstance(error, OSError) and error.strerror:
         return error
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -153,7 +170,7 @@ def _as_os_error(error: Exception) -> OSError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax' traceback for every file that cannot be written; what is raised is told."""
+    """Silence Orbax' traceback for every file that cannot be written; it raises as well."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -166,153 +183,171 @@ def _quiet() -> Iterator[None]:
 # Reading ------------------------------------------------------------------------------------------
 
 
-def newest(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> dict[str, Any] | None:
-    """The facts of a run's newest whole checkpoint; damaged ones are set aside, with a warning.
+def newest(run: Path, *, expected: bool) -> Checkpoint | None:
+    """Return a run's newest undamaged checkpoint; move damaged ones aside, with a warning.
 
-    None where there is none yet. Raises CheckpointError where there was one (`begun` says that the
-    run remembers one) and none is whole, and where it is one of other settings.
+    None where there is none yet. Raises CheckpointError where one is `expected` and none can be
+    used, and where one was written by another version of vaejax, which stays where it is.
     """
     wrong = []
-    for step in reversed(steps(folder)):
+    for step in reversed(steps(run)):
         try:
-            facts = _checked(folder, step)
-        except manifest.Damaged as damage:
-            wrong.append(f"{path(folder, step).name}: {damage}")
+            checkpoint = _checked(run, step)
+        except Damaged as damage:
+            wrong.append(f"{path(run, step).name}: {damage}")
             text = f"the checkpoint of update {step:,} is damaged: {damage}. It "
             try:
-                aside = _set_aside(folder, step)
+                aside = _move_aside(run, step)
             except OSError as error:
-                raise CheckpointError(f"{text}cannot be set aside: {error.strerror}") from None
-            print(f"warning: {text}was set aside: {aside}", file=sys.stderr)
+                raise CheckpointError(f"{text}cannot be moved: {error.strerror}") from None
+            print(f"warning: {text}was moved to {aside}", file=sys.stderr)
             continue
-        # whether the images are those of the run was settled when its folder was found
-        if fields := differences(without_data(facts["settings"]), without_data(settings)):
-            raise CheckpointError(
-                f"{path(folder, step)} is of another run: {'; '.join(fields)} (there → here). "
-                "Take it away, or start anew with --fresh, which keeps the folder"
-            )
         if wrong:
-            print(f"going on from update {step:,}, whose checkpoint is whole", file=sys.stderr)
-        return facts
-    aside = folder / FOLDER / DAMAGED
-    if wrong or begun or aside.is_dir():
+            print(f"resuming from update {step:,}, whose checkpoint is undamaged", file=sys.stderr)
+        return checkpoint
+    aside = run / FOLDER / DAMAGED
+    if wrong or expected or aside.is_dir():
         lost = f" ({'; '.join(wrong)})" if wrong else ""
         raise CheckpointError(
-            f"no checkpoint in {folder / FOLDER} can be used{lost}: "
-            + (f"what was damaged lies in {aside}. " if aside.is_dir() else "they are gone. ")
+            f"no checkpoint in {run / FOLDER} can be used{lost}: "
+            + (f"damaged ones are in {aside}. " if aside.is_dir() else "they are gone. ")
             + "--fresh starts anew and keeps this folder under another name"
         )
     return None
 
 
 def restore(
-    folder: Path,
-    facts: Mapping[str, Any],
-    like: TrainState,
-    batches: grain.DatasetIterator,
-    *,
-    sharding: Sharding,
-) -> TrainState:
-    """The state of the checkpoint of these facts, laid out as asked for, wherever it came from, and
-    `batches` set to its position. Raises CheckpointError if it is not what was saved."""
-    place = path(folder, facts["step"])
+    checkpoint: Checkpoint, like: TrainState, *, sharding: Sharding
+) -> tuple[TrainState, Mapping[str, Any]]:
+    """Return the state of a checkpoint, laid out as requested, and the position in the data.
+
+    Raises CheckpointError if it is not what was saved.
+    """
     arguments = ocp.args.Composite(
         state=ocp.args.StandardRestore(_shapes(like, sharding)), data=ocp.args.JsonRestore()
     )
-    restored = _restored(place, arguments)
-    if digest(restored["state"], restored["data"]) != facts["state"]:
-        raise CheckpointError(f"{place} is read as another state than the one that was saved")
-    batches.set_state(restored["data"])
-    return restored["state"]
+    restored = _restored(checkpoint.path, arguments)
+    if digest(restored["state"], restored["data"]) != checkpoint.state_digest:
+        raise CheckpointError(f"{checkpoint.path} is read as another state than the saved one")
+    return restored["state"], restored["data"]
 
 
 class Weights(NamedTuple):
-    params: PyTree
-    statistics: PyTree
-    step: int  # the updates that they were learned in
+    """What samples, pictures and evaluations need of a run."""
+
+    params: PyTree  # the moving average where the run has one
+    batch_stats: PyTree
+    step: int  # updates they were trained for
+    digest: str  # SHA-256 of params and batch_stats
 
 
-def weights(folder: Path, model: autoencoder.Autoencoder) -> Weights:
-    """The newest whole ones of a run, without the optimiser's share.
+def load_weights(run: Path, model: Autoencoder, *, ema: bool) -> Weights:
+    """Load the newest undamaged weights of a run, or their moving average, without its optimizer.
 
-    Raises CheckpointError where there are none yet, or all are damaged or of another model.
+    Raises CheckpointError where there are none yet, or all are damaged, of another model or written
+    by another version of vaejax.
     """
     while True:
-        there = steps(folder)
+        before = steps(run)
         try:
-            return _newest_weights(folder, model, there)
+            return _newest_weights(run, model, before, ema=ema)
         except CheckpointError:
-            if steps(folder) == there:
+            if steps(run) == before:
                 raise
-            # or else the run is alive, and has just put another one in the place of that
+            # otherwise the run is alive, and has just replaced that checkpoint
 
 
-def _newest_weights(folder: Path, model: autoencoder.Autoencoder, there: list[int]) -> Weights:
+def _newest_weights(run: Path, model: Autoencoder, candidates: list[int], *, ema: bool) -> Weights:
     wrong = []
-    for step in reversed(there):
+    for step in reversed(candidates):
         try:
-            facts = _checked(folder, step)
-        except manifest.Damaged as damage:
-            wrong.append(f"{path(folder, step)} is damaged: {damage}")
+            checkpoint = _checked(run, step)
+        except Damaged as damage:
+            wrong.append(f"{path(run, step)} is damaged: {damage}")
             continue
         if wrong:
             print(f"warning: {wrong[0]}; taking that of update {step:,}", file=sys.stderr)
-        here = {"model": autoencoder.describe(model)}
-        if fields := differences({"model": facts["settings"].get("model")}, here):
+        saved, present = checkpoint.spec.get("model"), autoencoder.to_json(model)
+        if saved != present:
+            saved = saved if isinstance(saved, dict) else {}
+            fields = sorted(n for n in {*saved, *present} if saved.get(n) != present.get(n))
+            other = "; ".join(f"model.{n} {saved.get(n)} → {present.get(n)}" for n in fields)
             raise CheckpointError(
-                f"{path(folder, step)} is of another model than {folder / 'config.json'} says: "
-                f"{'; '.join(fields)} (there → in config.json)"
+                f"{checkpoint.path} is of another model than {run / 'config.json'} says: "
+                f"{other[:500]} (saved → in config.json)"
             )
-        return Weights(*_weights(path(folder, step), model), step)
+        params, batch_stats = _restore_weights(checkpoint.path, model, ema=ema)
+        return Weights(params, batch_stats, step, weights_digest(params, batch_stats))
     if wrong:
-        raise CheckpointError(f"no checkpoint of {folder} can be used: {'; '.join(wrong)}")
-    if run.status(folder) == "diverged":
-        raise CheckpointError(f"{folder} diverged before its first checkpoint: it has learned none")
-    raise CheckpointError(f"{folder} has no checkpoint yet: let it train for a while")
+        raise CheckpointError(f"no checkpoint of {run} can be used: {'; '.join(wrong)}")
+    raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
 
 
-def _weights(place: Path, model: autoencoder.Autoencoder) -> tuple[PyTree, PyTree]:
-    params, statistics = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
-    here = SingleDeviceSharding(jax.devices()[0])
-    item = _shapes({"params": params, "statistics": statistics}, here)
+def weights_digest(params: PyTree, batch_stats: PyTree) -> str:
+    """Return the SHA-256 of the arrays that a model computes with."""
+    total = hashlib.sha256()
+    for name, leaf in jax.tree_util.tree_leaves_with_path((params, batch_stats)):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(name)} {array.dtype} {array.shape}".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def _restore_weights(place: Path, model: Autoencoder, *, ema: bool) -> tuple[PyTree, PyTree]:
+    params, batch_stats = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+    name = "ema" if ema else "params"
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    item = _shapes({name: params, "batch_stats": batch_stats}, sharding)
     arguments = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
     restored = _restored(place, ocp.args.Composite(state=arguments))["state"]
-    return restored["params"], restored["statistics"]
+    return restored[name], restored["batch_stats"]
 
 
-def _checked(folder: Path, step: int) -> dict[str, Any]:
-    """The facts of a checkpoint of which every file is what was written."""
-    facts = _read(folder, step)
-    manifest.check(path(folder, step))
-    return facts
+def _checked(run: Path, step: int) -> Checkpoint:
+    """Return a checkpoint of which every file is what was written. Raises Damaged."""
+    checkpoint = _read(run, step)
+    check_manifest(checkpoint.path)
+    return checkpoint
 
 
-def _read(folder: Path, step: int) -> dict[str, Any]:
-    facts = manifest.read(path(folder, step))
-    if facts.get("format") != FORMAT or facts.get("step") != step:
-        raise manifest.Damaged(
-            f"{manifest.NAME} is of a {facts.get('format')} of update {facts.get('step')}"
-        )
-    kinds = {"state": str, "settings": dict, "versions": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]:
-        raise manifest.Damaged(f"{manifest.NAME} has no {' and no '.join(wrong)} as it should")
-    return facts
+def _read(run: Path, step: int) -> Checkpoint:
+    """Read the manifest of a checkpoint, not its files.
+
+    Raises Damaged, and CheckpointError for one that was written by another version of vaejax.
+    """
+    folder = path(run, step)
+    content = read_manifest(folder)
+    format_ = content.get("format")
+    if format_ != FORMAT:
+        if isinstance(format_, str) and format_.startswith("vaejax checkpoint "):
+            raise CheckpointError(
+                f"{folder} was written by another version of vaejax ({format_[:40]}, this one "
+                f"reads {FORMAT!r}) and stays as it is: use that version, or start anew with "
+                "--fresh, which keeps the folder under another name"
+            )
+        raise Damaged(f"{MANIFEST} is of a {str(format_)[:40]}")
+    if content.get("step") != step:
+        raise Damaged(f"{MANIFEST} is of update {str(content.get('step'))[:40]}")
+    kinds = {"state": str, "spec": dict, "versions": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+        raise Damaged(f"{MANIFEST} has no valid {' and no valid '.join(wrong)}")
+    return Checkpoint(folder, step, content["state"], content["spec"], content["versions"])
 
 
-def _set_aside(folder: Path, step: int) -> Path:
-    aside = folder / FOLDER / DAMAGED
+def _move_aside(run: Path, step: int) -> Path:
+    aside = run / FOLDER / DAMAGED
     aside.mkdir(exist_ok=True)
-    free = aside / f"{step:07}"
+    target = aside / f"{step:07}"
     for number in itertools.count(1):
-        if not free.exists():
+        if not target.exists():
             break
-        free = aside / f"{step:07}.{number}"
-    os.rename(path(folder, step), free)
-    return free
+        target = aside / f"{step:07}.{number}"
+    os.rename(path(run, step), target)
+    return target
 
 
 def _restored(place: Path, arguments: Any) -> Any:
@@ -332,3 +367,79 @@ def _shapes(tree: PyTree, sharding: Sharding) -> PyTree:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )
+
+
+# The manifest -------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Flush all files of a folder to the disk, then write the content and every file's sum."""
+    files = {name: _file_facts(folder / name) for name in _names(folder)}
+    for where, _, names in os.walk(folder):
+        for file in (*(os.path.join(where, name) for name in names), where):
+            fsync(file)
+    content = {**content, "files": files}
+    write_json(folder / MANIFEST, {"sha256": _content_sum(content), **content})
+
+
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest. Raises Damaged, with the file's name, if a file is not as written."""
+    content = read_manifest(folder)
+    present = _names(folder)
+    for name, expected in content["files"].items():
+        if name not in present:
+            raise Damaged(f"{name} is missing")
+        facts = _file_facts(folder / name)
+        if facts["bytes"] != expected["bytes"]:
+            raise Damaged(f"{name} has {facts['bytes']:,} bytes, not {expected['bytes']:,}")
+        if facts["sha256"] != expected["sha256"]:
+            raise Damaged(f"{name} has changed since it was written (its SHA-256 differs)")
+    if stray := sorted(present - content["files"].keys()):
+        raise Damaged(f"{printable(stray[0])} does not belong there")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest without looking at the files. Raises Damaged."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        raise Damaged(f"{MANIFEST} is missing") from None
+    except ValueError:
+        raise Damaged(f"{MANIFEST} cannot be read") from None
+    if not isinstance(content, dict) or content.pop("sha256", None) != _content_sum(content):
+        raise Damaged(f"{MANIFEST} has changed since it was written")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(facts, dict)
+        and isinstance(facts.get("bytes"), int)
+        and isinstance(facts.get("sha256"), str)
+        for facts in files.values()
+    ):
+        raise Damaged(f"{MANIFEST} does not say which files there are")
+    return content
+
+
+def _content_sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _names(folder: Path) -> set[str]:
+    """Return all files but the manifest; a link or a pipe is none of ours, but it counts."""
+    names = {
+        os.path.relpath(os.path.join(where, name), folder)
+        for where, folders, files in os.walk(folder)
+        for name in (*files, *(n for n in folders if os.path.islink(os.path.join(where, n))))
+    }
+    return names - {MANIFEST}
+
+
+def _file_facts(file_path: Path) -> dict[str, Any]:
+    if not file_path.is_file() or file_path.is_symlink():
+        raise Damaged(f"{file_path.name} is not a regular file")
+    try:
+        with file_path.open("rb") as file:
+            total = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": total}
+    except OSError as error:
+        raise Damaged(f"{file_path.name} cannot be read: {error.strerror}") from None

@@ -1,44 +1,42 @@
-"""What a person may say about a run, and the recipes that fill in what they leave unsaid."""
+"""What a person may set, the recipes that fill in the rest, and what identifies a run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import optax
+from jaxtyping import PyTree
 
 from vaejax.errors import UserError
+from vaejax.losses import is_batch_coupled, keyword_settings
+from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.training.adam import adam
+from vaejax.training.optimizer import adam, schedule
+from vaejax.training.step import Trainer
+
+RUN_FORMAT = "vaejax run 2"  # of config.json; another number when old runs can no longer be read
+
+
+# Flags --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    """The flags of every experiment; one of them may add its own. What stays None is the recipe's.
-
-    A flag is named after what it sets: a field of the recipe or of its model, or an argument of its
-    loss.
-    """
+class RunFlags:
+    """The flags of every experiment that say where and how a run takes place."""
 
     data: Path | None = None  # folder or zip of faces, or a prepared set (none: the drawn faces)
     recipe: Literal["report", "quick"] | None = None  # with --data the report's, without it quick
     out: Path | None = None  # the run's folder (none: the next runs/NNNNN-name)
-    size: int | None = None  # height and width that the images are brought to, pixels
     crop_faces: bool = False  # cut every picture down to its largest face
     cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
     margin: float | None = None  # around a face, in sides of its box (none: 0.3)
     debug_sheet: Path | None = None  # a PNG that shows which faces were found where
-    epochs: int | None = None  # passes over the training images
-    steps: int | None = None  # a bound on the updates: whichever of the two comes first
-    batch_size: int | None = None  # images an update
-    micro_batch: int | None = None  # images of a batch that are in memory at a time (none: all)
-    learning_rate: float | None = None  # Adam's
-    compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
-    devices: int | None = None  # devices to learn on (none: all that there are)
+    devices: int | None = None  # devices to train on (none: all that there are)
     parallel: Literal["jit", "pmap"] = "jit"  # how a batch is split over them
     coordinator: str | None = None  # HOST:PORT of the first of several processes
-    processes: int | None = None  # how many processes learn together
+    processes: int | None = None  # how many processes train together
     process_id: int | None = None  # which of the processes this is, from 0
     seed: int = 0  # of the weights, the noise, and the order of the images
     log_steps: int = 10  # updates between two lines of metrics.jsonl
@@ -53,24 +51,80 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Config(RunFlags):
+    """The flags of every experiment; an experiment may add its own.
+
+    The fields below replace a setting of the chosen recipe, and so do those that an experiment
+    adds; None (or no flag) leaves it as it is. A flag has the name of what it sets: a field of the
+    recipe or of its model, or a keyword argument of its loss or its optimizer.
+    """
+
+    size: int | None = None  # height and width that the images are brought to, pixels
+    epochs: int | None = None  # passes over the training images
+    steps: int | None = None  # a bound on the updates: whichever of the two comes first
+    batch_size: int | None = None  # images an update
+    micro_batch: int | None = None  # images of a batch that are in memory at a time (none: all)
+    learning_rate: float | None = None  # Adam's, after the warm-up
+    warmup_steps: int | None = None  # updates in which the learning rate rises from 0
+    clip_norm: float | None = None  # gradients whose norm is larger are scaled down to it
+    ema_decay: float | None = None  # of a moving average of the weights, which is then evaluated
+    flip: bool = False  # mirror every second training image, at random
+    prior: Literal["normal", "mixture"] | None = None  # "mixture" is fitted at the end
+    compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
+
+
+# Recipes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Settings that belong together. Adam's are the report's, unless they are given."""
 
     name: str
     model: Autoencoder
-    loss: partial  # of one of `objectives`, with its settings as keywords
+    loss: partial  # of a loss, such as those of `vaejax.losses`, with its settings as keywords
     epochs: int
     steps: int | None = None
     batch_size: int = 128
     micro_batch: int | None = None
     learning_rate: float = 1e-4
-    b1: float = 0.5
+    warmup_steps: int = 0
     cosine_decay: bool = False  # of the learning rate, down to zero at the last update
+    # of a function of the learning rate (or its schedule) that returns an optax optimizer
+    optimizer: partial = field(default_factory=lambda: partial(adam, b1=0.5))
+    ema_decay: float | None = None
+    flip: bool = False
+    prior: Literal["normal", "mixture"] = "normal"
+    frozen: Callable[[], PyTree] | None = None  # loads networks that the loss uses, not trained
 
     @property
     def micro_batches(self) -> int:
-        """In a batch."""
+        """The number of parts that a batch is computed in."""
         return self.batch_size // (self.micro_batch or self.batch_size)
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether the images of a batch meet, in a norm or in the loss.
+
+        Where they do not, micro-batches change no more than the rounding.
+        """
+        return self.model.batch_coupled or is_batch_coupled(self.loss)
+
+    def trainer(self, *, updates: int) -> Trainer:
+        """Return what an update of a run of so many updates does."""
+        rate = schedule(
+            self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_steps=updates if self.cosine_decay else None,
+        )
+        return Trainer(
+            self.model,
+            self.loss,
+            self.optimizer(rate),
+            ema_decay=self.ema_decay,
+            flip=self.flip,
+            micro_batches=self.micro_batches,
+        )
 
 
 Range = tuple[Callable[[Any], bool], str]
@@ -79,49 +133,243 @@ WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "keep", "processes"), COUNT),
-    **dict.fromkeys(("latent_dim", "width"), COUNT),
-    **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
-    **dict.fromkeys(("kl_weight", "noise"), WEIGHT),
-    **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram"), POSITIVE),
+    **dict.fromkeys(("latent_dim", "width", "log_steps", "checkpoint_steps"), COUNT),
+    **dict.fromkeys(("kl_weight", "beta", "noise", "warmup_steps"), WEIGHT),
+    **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram", "clip_norm"), POSITIVE),
+    "ema_decay": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
 }
 
 
-def settle(config: Config, *recipes: Recipe) -> Recipe:
-    """The recipe that was chosen, with every flag that was given in its place.
+def resolve(config: Config, *recipes: Recipe) -> Recipe:
+    """Return the recipe that was chosen, with every flag that was set in its place.
 
-    Raises UserError, with the flag's name, for a value that cannot be.
+    Raises UserError, with the flag's name, for a value out of range, a recipe that does not exist,
+    and a flag that sets nothing in the chosen recipe.
     """
-    given = {f.name: v for f in fields(config) if (v := getattr(config, f.name)) is not None}
-    for name, value in given.items():
+    flags = {f.name: v for f in fields(config) if (v := getattr(config, f.name)) is not None}
+    for name, value in flags.items():
         admits, words = RANGES.get(name, (lambda _: True, ""))
         if not admits(value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {words}")
-    wanted = config.recipe or ("report" if config.data or len(recipes) == 1 else "quick")
+            raise UserError(f"{_flag(name)} {value}: must be {words}")
+    default = "report" if config.data else "quick"
+    wanted = config.recipe or (recipes[0].name if len(recipes) == 1 else default)
     chosen = next((recipe for recipe in recipes if recipe.name == wanted), None)
     if chosen is None:
-        known = " and ".join(recipe.name for recipe in recipes)
-        raise UserError(f"--recipe {wanted}: this experiment has the recipe {known} alone")
-    settings = {**chosen.loss.keywords, **_among(given, chosen.loss.keywords)}
-    model = replace(chosen.model, **_among(given, [f.name for f in fields(chosen.model)]))
-    own = [f.name for f in fields(chosen) if f.name not in ("name", "model", "loss")]
+        names = " and ".join(recipe.name for recipe in recipes)
+        raise UserError(f"--recipe {wanted}: this experiment has the recipe {names} alone")
+    # a flag with a default of its own is the experiment's business
+    own = {f.name for f in fields(config) if f.default is not None and f.default is not False}
+    own |= {f.name for f in fields(RunFlags)} | {n for n, v in flags.items() if v is False}
+    settings = {name: value for name, value in flags.items() if name not in own}
+    return _with_settings(chosen, settings)
+
+
+def _with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """Put each setting where its name belongs. UserError for one that belongs nowhere."""
+    of_recipe = {f.name for f in fields(recipe)} - {"name", "model", "loss", "optimizer", "frozen"}
+    of_model = set(autoencoder.hyperparameters(type(recipe.model)))
+    of_loss, of_optimizer = _keywords(recipe.loss), _keywords(recipe.optimizer)
+    for name, value in settings.items():
+        if name not in of_recipe | of_model | of_loss | of_optimizer:
+            raise UserError(
+                f"{_flag(name)} {value}: it sets nothing in the {recipe.name} recipe, whose model "
+                f"is {type(recipe.model).__name__}, whose loss is {recipe.loss.func.__name__}. "
+                "Leave it out"
+            )
+
+    def among(names: set[str]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name in names}
+
     return replace(
-        chosen, model=model, loss=partial(chosen.loss.func, **settings), **_among(given, own)
+        recipe,
+        model=recipe.model.clone(**among(of_model)),
+        loss=partial(recipe.loss, **among(of_loss)),
+        optimizer=partial(recipe.optimizer, **among(of_optimizer)),
+        **among(of_recipe),
     )
 
 
-def _among(given: dict[str, Any], names: Any) -> dict[str, Any]:
-    return {name: given[name] for name in names if name in given}
+def _keywords(function: partial) -> set[str]:
+    parameters = inspect.signature(function.func).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def describe_loss(recipe: Recipe) -> dict[str, Any]:
-    """The loss as JSON."""
-    return {"kind": recipe.loss.func.__name__, **recipe.loss.keywords}
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def build_adam(recipe: Recipe, *, updates: int) -> optax.GradientTransformation:
-    """Adam as the recipe has it, for a run of so many updates."""
-    rate: optax.ScalarOrSchedule = recipe.learning_rate
-    if recipe.cosine_decay:
-        rate = optax.cosine_decay_schedule(recipe.learning_rate, updates)
-    return adam(rate, b1=recipe.b1)
+# What identifies a run ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far and how often: what may differ when a run goes on."""
+
+    recipe: str
+    source: str  # where the images came from, an absolute path
+    prepared: str  # the prepared set, an absolute path
+    images: int  # for training
+    updates: int  # of the run
+    updates_per_epoch: int
+    log_steps: int
+    checkpoint_steps: int | None
+    checkpoint_minutes: float
+    keep: int
+    prior: str
+
+    @property
+    def epochs(self) -> int:
+        """The passes over the training images, the last one perhaps cut short."""
+        return -(-self.updates // self.updates_per_epoch)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What `config.json` holds: all that makes a run this one and no other, and its schedule."""
+
+    experiment: str
+    model: Mapping[str, Any]
+    loss: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    batch_size: int
+    micro_batch: int | None  # only where it changes the result by more than rounding
+    ema_decay: float | None
+    flip: bool
+    seed: int
+    data: Mapping[str, Any]  # which images, and how they are split
+    schedule: Schedule
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as JSON values."""
+        return {"format": RUN_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "RunSpec":
+        """Check and convert the content of a `config.json`.
+
+        Raises OtherVersion for another format, and ValueError with the field that is wrong.
+        """
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object")
+        check_format(value, RUN_FORMAT)
+        schedule_ = value.get("schedule")
+        if not isinstance(schedule_, dict):
+            raise ValueError('"schedule" is not an object')
+        values = {f.name: value.get(f.name) for f in fields(cls)}
+        spec = {f.name: schedule_.get(f.name) for f in fields(Schedule)}
+        for name, item in [*values.items(), *spec.items()]:
+            if problem := _problem(name, item):
+                raise ValueError(problem)
+        return cls(**{**values, "schedule": Schedule(**spec)})  # pyright: ignore
+
+
+class OtherVersion(ValueError):
+    """What was read has another format: another version of vaejax has written it."""
+
+
+def check_format(value: Mapping[str, Any], expected: str) -> None:
+    """Raise OtherVersion unless a JSON object says that it has the expected format.
+
+    A run without any format was written before formats had numbers.
+    """
+    format_ = value.get("format")
+    if format_ == expected:
+        return
+    if isinstance(format_, str) or (format_ is None and "experiment" in value):
+        version = str(format_ or "no format")[:40]
+        raise OtherVersion(f"it was written by another version of vaejax ({version})")
+    raise ValueError('it has no "format"')
+
+
+_OBJECTS = ("model", "loss", "optimizer", "data", "schedule")
+_TEXTS = ("experiment", "recipe", "source", "prepared", "prior")
+_COUNTS = ("batch_size", "images", "updates", "updates_per_epoch", "log_steps", "keep")
+_OPTIONAL_COUNTS = ("micro_batch", "checkpoint_steps")
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """Say what is wrong with a field of a `config.json`, which may be damaged or anybody's."""
+    if name in _OBJECTS:
+        good = isinstance(value, dict)
+        if good and name in ("model", "loss", "optimizer"):
+            good = isinstance(value.get("kind"), str)
+        return None if good else f'"{name}" is not an object, or has no kind'
+    if name in _TEXTS:
+        return None if isinstance(value, str) else f'"{name}" is not a text'
+    if name == "flip":
+        return None if isinstance(value, bool) else f'"{name}" is not true or false'
+    if isinstance(value, bool):
+        return f'"{name}" is not a number'
+    if name in _OPTIONAL_COUNTS and value is None:
+        return None
+    if name in (*_COUNTS, *_OPTIONAL_COUNTS, "seed"):
+        low = 0 if name == "seed" else 1
+        good = isinstance(value, int) and low <= value < 2**53
+        return None if good else f'"{name}" is {str(value)[:40]}'
+    if name == "checkpoint_minutes":
+        good = isinstance(value, int | float) and 0 < value < float("inf")
+        return None if good else f'"{name}" is {str(value)[:40]}'
+    good = value is None or (isinstance(value, int | float) and 0 <= value < 2**53)
+    return None if good else f'"{name}" is {str(value)[:40]}'
+
+
+def run_spec(
+    name: str, config: Config, recipe: Recipe, *, data: Mapping[str, Any], schedule: Schedule
+) -> RunSpec:
+    """Return what identifies the run of a recipe on these images."""
+    optimizer = {
+        **describe(recipe.optimizer),
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": recipe.warmup_steps,
+        # another length is another run only where the learning rate depends on it
+        "decay_steps": schedule.updates if recipe.cosine_decay else None,
+    }
+    return RunSpec(
+        experiment=name,
+        model=autoencoder.to_json(recipe.model),
+        loss=describe(recipe.loss),
+        optimizer=optimizer,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch if recipe.batch_coupled else None,
+        ema_decay=recipe.ema_decay,
+        flip=recipe.flip,
+        seed=config.seed,
+        data=data,
+        schedule=schedule,
+    )
+
+
+def describe(function: partial) -> dict[str, Any]:
+    """Describe a loss or an optimizer by JSON values: its name and its settings."""
+    return {"kind": function.func.__name__, **keyword_settings(function)}
+
+
+def differences(saved: RunSpec, present: RunSpec, *, without_data: bool = False) -> list[str]:
+    """List the fields in which two runs differ, as "model.size 64 → 128".
+
+    The schedule does not count; `without_data` leaves out the images, and the updates that follow
+    from their number.
+    """
+    old, new = (_flat(_identity(spec, without_data=without_data)) for spec in (saved, present))
+    keys = sorted(old.keys() | new.keys())
+    values = ((k, str(old.get(k)), str(new.get(k))) for k in keys if old.get(k) != new.get(k))
+    return [f"{k[:60]} {before[:60]} → {after[:60]}" for k, before, after in values]
+
+
+def _identity(spec: RunSpec, *, without_data: bool) -> dict[str, Any]:
+    left = {**asdict(spec)}
+    del left["schedule"]
+    if without_data:
+        del left["data"]
+        left["optimizer"] = {**left["optimizer"], "decay_steps": None}
+    return left
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,170 +1,147 @@
-"""From a config to a run's folder: the data prepared, the run found or begun, the model trained."""
+"""From flags and a recipe to a run's folder: prepare the data, find or begin the run, train it."""
 
 import os
 import sys
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from vaejax import objectives
+import grain
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
 from vaejax.data import batches as data
-from vaejax.data import faces
-from vaejax.data.demo import drawn_faces
-from vaejax.data.prepare import look, prepare
-from vaejax.data.records import read_report
-from vaejax.errors import UserError
-from vaejax.models import autoencoder
-from vaejax.training import identity, parallel, run
-from vaejax.training.config import Config, Recipe, describe_loss
-from vaejax.training.disk import refused_by_disk
-from vaejax.training.learn import learn
-from vaejax.training.plan import describe, forecast, schedule
-from vaejax.training.settings import differences, without_data
-from vaejax.training.stop import Stop
+from vaejax.data.faces import Crop, crop_from_flags
+from vaejax.data.prepare import find_prepared, prepare
+from vaejax.data.records import read_dataset_report
+from vaejax.data.sources import drawn_faces
+from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError
+from vaejax.metrics import read_lines
+from vaejax.priors import GaussianMixture, require_mixture_fits
+from vaejax.system import format_duration, versions
+from vaejax.training import checkpoint, guards, plan, run, visualize
+from vaejax.training import devices as dev
+from vaejax.training.compiled import (
+    TrainStep,
+    compile_eval_step,
+    compile_init,
+    compile_train_step,
+    state_bytes,
+)
+from vaejax.training.config import Config, Recipe, RunSpec, Schedule, differences, run_spec
+from vaejax.training.devices import Devices
+from vaejax.training.guards import DiskGuard, FiniteGuard, MemoryGuard, SignalGuard
+from vaejax.training.logger import Logger
+from vaejax.training.loop import Checkpoints, Guards, Steps, train, validate
+from vaejax.training.prior import fit_and_save
+from vaejax.training.step import TrainState, init
 
 
 def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     """Prepare the data, train the model, and leave a run's folder; the same call resumes it.
 
-    Without data of its own it learns from the drawn faces. With `dry_run` it only says what it
-    would do, and there is no folder. Of several processes the first one prepares and writes, and
-    the others read what it wrote: they have to see the same folders.
+    Without `data` the drawn faces are used. With `dry_run` nothing is done, the plan is printed and
+    None returned. Of several processes the first one prepares and writes, and the others read what
+    it wrote: they have to see the same folders.
 
     Raises UserError before any work for what cannot be done, DivergedError when the loss stops
-    being finite: the last checkpoint is then from before.
+    being finite (the last checkpoint is from before), Interrupted after a signal and MemoryLowError
+    for lack of memory (both after saving), StorageError for what the disk did not take.
     """
     run.refuse_unwritable(config.out or run.ROOT)
-    crop = faces.asked(crop_faces=config.crop_faces, cascade=config.cascade, margin=config.margin)
-    devices = parallel.choose(config.devices, config.parallel)
+    crop = crop_from_flags(
+        crop_faces=config.crop_faces, cascade=config.cascade, margin=config.margin
+    )
+    devices = dev.choose(config.devices, config.parallel)
     refuse_uneven(recipe, devices)
-    source, model = config.data or drawn_faces(), recipe.model
-    loss = partial(recipe.loss, model=model)
+    if recipe.prior == "mixture":
+        require_mixture_fits(recipe.model)
+    source = config.data or drawn_faces()
     if config.data is None:
-        print(
-            f"No --data: learning from the drawn faces that ship with vaejax, {recipe.name} recipe."
-        )
-    if os.path.isdir(source) and (config.out or run.ROOT).resolve().is_relative_to(
-        source.resolve()
-    ):
-        raise UserError(
-            f"the run's folder would lie in {source}, and its pictures among the images to learn "
-            "from: name an --out elsewhere, or start from another folder"
-        )
+        print(f"No --data: training on the drawn faces of vaejax, {recipe.name} recipe.")
+    _refuse_run_among_images(config.out or run.ROOT, source)
     if config.dry_run:
-        _say_plan(name, config, recipe, source=source, crop=crop, devices=devices)
+        _print_plan(name, config, recipe, source=source, crop=crop, devices=devices)
         return None
-    prepared = parallel.agreed(
+    prepared = dev.broadcast(
         lambda: str(
             prepare(
                 source,
-                size=model.size,
+                size=recipe.model.size,
                 allow_refused=config.allow_refused,
                 crop=crop,
                 debug_sheet=config.debug_sheet,
             )
         )
     )
-    images = data.Images(Path(prepared), "train")
-    plan = schedule(recipe, images=len(images))
-    print(describe(recipe, plan, images=len(images)))
-    report = read_report(Path(prepared))
-    settings = {
-        "experiment": name,
-        "model": autoencoder.describe(model),
-        "loss": describe_loss(recipe),
-        "optimizer": {
-            "learning_rate": recipe.learning_rate,
-            "b1": recipe.b1,
-            "cosine_decay_updates": plan.updates if recipe.cosine_decay else None,
-        },
-        "batch_size": recipe.batch_size,
-        "micro_batch": recipe.micro_batch if _meet(recipe) else None,
-        "seed": config.seed,
-        # the same images by person are split in another way
-        "data": {name: report[name] for name in ("fingerprint", "persons", "splits")},
-        "schedule": {
-            "recipe": recipe.name,
-            "source": str(source.absolute()),
-            "prepared": str(Path(prepared).absolute()),
-            "images": len(images),
-            "updates": plan.updates,
-            "updates_per_epoch": plan.per_epoch,
-            "log_steps": config.log_steps,
-            "checkpoint_steps": config.checkpoint_steps,
-            "checkpoint_minutes": config.checkpoint_minutes,
-            "keep": config.keep,
-        },
-    }
+    spec = _spec(name, config, recipe, source=source, prepared=Path(prepared))
     with ExitStack() as stack:
-
-        def begin() -> str:
-            folder = identity.choose(
-                name,
-                settings,
-                out=config.out,
-                fresh=config.fresh,
-                accept_changed_data=config.accept_changed_data,
-            )
-            stack.enter_context(run.locked(folder))
-            try:
-                there = run.read(folder)
-            except UserError:  # there is none yet, or `choose` has told what is wrong with it
-                there = None
-            if there is None:
-                with refused_by_disk(folder / "config.json"):
-                    run.write(folder, "config.json", settings)
-            elif differences(without_data(there), without_data(settings)):
-                raise UserError(f"another run was begun in {folder} at this moment: start again")
-            return str(folder)
-
-        folder = Path(parallel.agreed(begin))
-        stop = stack.enter_context(Stop().listening())
-        learn(folder, settings, config, recipe, plan, loss=loss, devices=devices, stop=stop)
-    if parallel.agreed(lambda: run.status(folder)) == "stopped" and stop.signal is not None:
-        sys.exit(128 + stop.signal)
+        folder = Path(dev.broadcast(lambda: str(_open_folder(spec, config, stack))))
+        signals = stack.enter_context(SignalGuard().listening())
+        options = Options(folder, spec, recipe, devices, signals, config.max_ram)
+        _train_to_the_end(options)
     return folder
 
 
-def refuse_uneven(recipe: Recipe, devices: parallel.Devices) -> None:
-    """UserError, with the nearest that would do, for images that do not divide over the devices, or
-    a batch over its micro-batches."""
+class Options(NamedTuple):
+    """What training in a folder needs."""
+
+    folder: Path
+    spec: RunSpec
+    recipe: Recipe
+    devices: Devices
+    signals: SignalGuard
+    max_ram: float | None  # GiB
+
+
+# Before ------------------------------------------------------------------------------------------
+
+
+def refuse_uneven(recipe: Recipe, devices: Devices) -> None:
+    """Raise UserError, with the nearest that would do, for images that do not divide over the
+    devices, or a batch that does not divide into its micro-batches."""
     count, batch = devices.count, recipe.batch_size
     if batch % count:
         nearest = [str(n) for n in (batch // count * count, (batch // count + 1) * count) if n]
         fewer = max(n for n in range(1, count) if batch % n == 0)
+        hint = f", or --devices {fewer}" if dev.is_single_process() else ""
         raise UserError(
             f"--batch-size {batch} does not divide over {count} devices: "
-            f"take {' or '.join(nearest)}" + (f", or --devices {fewer}" if parallel.alone() else "")
+            f"take {' or '.join(nearest)}{hint}"
         )
     micro = recipe.micro_batch
     if micro is not None and (batch % micro or micro % count):
-        can = [n for n in range(count, batch + 1, count) if batch % n == 0]
-        below, above = [n for n in can if n < micro], [n for n in can if n > micro]
+        possible = [n for n in range(count, batch + 1, count) if batch % n == 0]
+        below, above = [n for n in possible if n < micro], [n for n in possible if n > micro]
         nearest = [str(n) for n in (below[-1:] + above[:1])]
         over = f" over {count} devices" if count > 1 else ""
         raise UserError(
-            f"--micro-batch {micro}: a batch of {batch} images is no whole number of them{over}: "
+            f"--micro-batch {micro}: a batch of {batch} images does not divide into them{over}: "
             f"take {' or '.join(nearest)}"
         )
 
 
-def _meet(recipe: Recipe) -> bool:
-    """Whether the images of a batch meet, in a norm or in the loss: where they do not,
-    micro-batches change no more than the rounding."""
-    norm = getattr(recipe.model, "norm", None)
-    return norm == "batch" or recipe.loss.func is objectives.calibrated
+def _refuse_run_among_images(out: Path, source: Path) -> None:
+    if os.path.isdir(source) and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"the run's folder would lie in {source}, and its pictures among the images to train "
+            "on: name an --out elsewhere, or start from another folder"
+        )
 
 
-def _say_plan(
+def _print_plan(
     name: str,
     config: Config,
     recipe: Recipe,
     *,
     source: Path,
-    crop: faces.Crop | None,
-    devices: parallel.Devices,
+    crop: Crop | None,
+    devices: Devices,
 ) -> None:
-    prepared, files = look(source, size=recipe.model.size, crop=crop)
+    prepared, files = find_prepared(source, size=recipe.model.size, crop=crop)
     if prepared is None:
         images = round(0.9 * files)
         print(f"{name}: {source}, {files:,} files that are not prepared yet; 90 % for training")
@@ -173,8 +150,268 @@ def _say_plan(
         print(f"{name}: {source}, prepared in {prepared}")
     if not images:
         raise UserError(f"no images in {source}: no file there could be one")
-    plan = schedule(recipe, images=images)
-    print(describe(recipe, plan, images=images))
+    length = plan.make_plan(recipe, images=images)
+    print(plan.describe_plan(recipe, length, images=images))
     to_prepare = files if prepared is None else 0
-    print(forecast(config, recipe, plan, devices=devices, to_prepare=to_prepare))
+    print(plan.forecast(recipe, length, devices=devices, keep=config.keep, to_prepare=to_prepare))
     print("a dry run: nothing was written, but for kernels in the cache")
+
+
+def _spec(name: str, config: Config, recipe: Recipe, *, source: Path, prepared: Path) -> RunSpec:
+    """Print what will be done, and return what identifies the run."""
+    images = len(data.Images(prepared, "train"))
+    length = plan.make_plan(recipe, images=images)
+    print(plan.describe_plan(recipe, length, images=images))
+    report = read_dataset_report(prepared)
+    schedule = Schedule(
+        recipe=recipe.name,
+        source=str(source.absolute()),
+        prepared=str(prepared.absolute()),
+        images=images,
+        updates=length.updates,
+        updates_per_epoch=length.per_epoch,
+        log_steps=config.log_steps,
+        checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
+        keep=config.keep,
+        prior=recipe.prior,
+    )
+    # the same images by person are split in another way
+    facts = {field: report[field] for field in ("fingerprint", "persons", "splits")}
+    return run_spec(name, config, recipe, data=facts, schedule=schedule)
+
+
+def _open_folder(spec: RunSpec, config: Config, stack: ExitStack) -> Path:
+    """Find or create the run's folder, and lock it until the stack is closed."""
+    folder = run.choose_folder(
+        spec, out=config.out, fresh=config.fresh, accept_changed_data=config.accept_changed_data
+    )
+    stack.enter_context(run.locked(folder))
+    try:
+        saved = run.read_spec(folder)
+    except run.UnreadableSpec:  # there is none yet, or `choose_folder` has warned about it
+        saved = None
+    if saved is None:
+        with run.storage_errors(folder / "config.json"):
+            run.write_spec(folder, spec)
+    elif differences(saved, spec, without_data=True):
+        raise UserError(f"another run was begun in {folder} at this moment: start again")
+    return folder
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+class Arrays(NamedTuple):
+    """What a run starts with: its images, its keys and its state."""
+
+    images: data.Images
+    held_out: data.Images
+    batches: grain.DatasetIterator
+    resident: dev.ResidentImages | None  # the training images, where they stay on the device
+    frozen: PyTree
+    train_key: jax.Array
+    validation_key: jax.Array
+    state: TrainState
+
+
+def _train_to_the_end(options: Options) -> None:
+    folder, spec, recipe, devices = options[:4]
+    arrays = _load_arrays(options)
+    start, updates = int(arrays.state.step), spec.schedule.updates
+    if start >= updates and dev.broadcast(lambda: run.status(folder)) == "finished":
+        if dev.is_first():
+            visualize.write_readme(folder, run.read_spec(folder), run.last_status(folder))
+        print(f"{folder} is finished: {start:,} updates are done, {updates:,} were requested.")
+        print(visualize.what_next(folder, recipe.model))
+        return
+    if start > updates:
+        raise UserError(
+            f"{folder} has made {start:,} updates already, more than the {updates:,} requested: "
+            "take more --steps or --epochs, or another --out"
+        )
+    print(f"{folder}: {start:,} of {updates:,} updates are done; compiling …", flush=True)
+    compiled = _compile(options, arrays)
+    size = state_bytes(arrays.state)
+    disk = DiskGuard(folder)
+    with ExitStack() as stack:
+        logger = None
+        if dev.is_first():
+            with run.storage_errors(folder):
+                logger = Logger(
+                    folder, spec, arrays.held_out, devices=str(devices), disk=disk, done=start
+                )
+            stack.enter_context(logger)
+        try:
+            state = train(
+                arrays.state,
+                arrays.batches,
+                spec=spec,
+                steps=_steps(options, arrays, compiled),
+                logger=logger,
+                checkpoints=Checkpoints(folder, spec, disk),
+                guards=_guards(options, arrays.images, size),
+            )
+        except DivergedError:
+            if logger:
+                logger.diverged()
+            raise
+        except UserError as error:  # images that are no longer as they were prepared
+            if logger:
+                logger.stopped(0, saved=False)
+            newest = checkpoint.newest_path(folder)
+            raise StorageError(
+                f"{error} The run was stopped: the same command "
+                + (f"resumes from {newest}" if newest else "starts again")
+            ) from None
+        except jax.errors.JaxRuntimeError as error:
+            told = guards.out_of_memory(error, compiled.memory, size, recipe, devices)
+            if told is None:
+                raise
+            raise told from None
+        if logger:
+            _finish(options, state, logger)
+        disk.refuse_failing(checkpoint.newest_path(folder))
+
+
+def _finish(options: Options, state: TrainState, logger: Logger) -> None:
+    """Fit the prior that the recipe asks for, and draw the pictures of the end."""
+    prior, model = None, options.recipe.model
+    if options.recipe.prior == "mixture":
+        local = dev.local(state)
+        params, stats = local.best_params, local.batch_stats
+        digest = checkpoint.weights_digest(params, stats)
+        weights = checkpoint.Weights(params, stats, int(local.step), digest)
+        with logger.attempt("the prior"):
+            prepared = options.spec.schedule.prepared
+            prior = GaussianMixture(fit_and_save(options.folder, prepared, model, weights), model)
+    logger.finished(state, prior)
+
+
+def _load_arrays(options: Options) -> Arrays:
+    """Open the images, and restore the state of the newest checkpoint or initialize it."""
+    folder, spec, recipe, devices = options[:4]
+    replicated = dev.replicated(devices)
+    init_key, train_key, validation_key = jax.jit(
+        lambda: tuple(jax.random.split(jax.random.key(spec.seed), 3)), out_shardings=replicated
+    )()
+    prepared = Path(spec.schedule.prepared)
+    images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
+    resident = dev.ResidentImages(images, devices) if dev.fit_on_device(images, devices) else None
+    batches = data.stream(
+        images,
+        read=resident is None,
+        batch_size=recipe.batch_size,
+        seed=spec.seed,
+        shard=jax.process_index(),
+        shards=jax.process_count(),
+    )
+    trainer = recipe.trainer(updates=spec.schedule.updates)
+    saved = dev.broadcast(lambda: _newest_checkpoint(folder, spec))
+    if saved is None:
+        state = compile_init(trainer, devices=devices)(init_key)
+    else:
+        newest = checkpoint.Checkpoint(Path(saved[0]), *saved[1:])
+        _warn_of_versions(newest)
+        like = jax.eval_shape(partial(init, trainer=trainer), init_key)
+        state, position = checkpoint.restore(newest, like, sharding=replicated)
+        batches.set_state(dict(position))
+    # placed here, so that the programs share one copy
+    frozen = jax.device_put(recipe.frozen(), replicated) if recipe.frozen else None
+    return Arrays(images, held_out, batches, resident, frozen, train_key, validation_key, state)
+
+
+def _newest_checkpoint(folder: Path, spec: RunSpec) -> list | None:
+    """Return the newest undamaged checkpoint as JSON values, if there is one yet."""
+    checkpoint.delete_unfinished(folder)
+    status = run.last_status(folder)
+    if not status and (folder / "run.json").exists():
+        print("warning: run.json is damaged, and is written anew", file=sys.stderr)
+    trained = not status and any(read_lines(folder / "metrics.jsonl"))
+    newest = checkpoint.newest(folder, expected="saved" in status or trained)
+    if newest is None:
+        return None
+    # whether the images are those of the run was decided when its folder was chosen
+    try:
+        saved = RunSpec.from_json(newest.spec)
+    except ValueError as error:
+        raise CheckpointError(f"{newest.path} cannot be used: of its run, {error}") from None
+    if fields := differences(saved, spec, without_data=True):
+        raise CheckpointError(
+            f"{newest.path} is of another run: {'; '.join(fields)} (saved → present). "
+            "Take it away, or start anew with --fresh, which keeps the folder"
+        )
+    return [str(newest.path), *newest[1:]]
+
+
+def _warn_of_versions(newest: checkpoint.Checkpoint) -> None:
+    saved, present = newest.versions, versions()
+    other = [f"{n} {saved.get(n)} → {present[n]}" for n in present if saved.get(n) != present[n]]
+    if other:
+        print(
+            f"warning: saved with other versions ({', '.join(other)}): the end may differ in its "
+            "last bits from that of a run that nothing interrupted",
+            file=sys.stderr,
+        )
+
+
+def _compile(options: Options, arrays: Arrays) -> TrainStep:
+    """Compile the update, and say what memory and disk it will take."""
+    folder, spec, recipe, devices = options[:4]
+    began = time.monotonic()
+    batch = jax.ShapeDtypeStruct((recipe.batch_size, *arrays.images.shape), np.uint8)
+    trainer = recipe.trainer(updates=spec.schedule.updates)
+    compiled = compile_train_step(
+        trainer, arrays.state, arrays.frozen, batch, arrays.train_key, devices=devices
+    )
+    size = state_bytes(arrays.state)
+    if int(arrays.state.step) == 0:
+        length = plan.Plan(spec.schedule.updates_per_epoch, spec.schedule.updates)
+        needed = plan.disk_needed(recipe, length, keep=spec.schedule.keep, checkpoint=size)
+        plan.warn_of_disk(folder, needed)
+    print(guards.refuse_too_much(compiled.memory, size, recipe, devices))
+    print(f"compiled in {format_duration(time.monotonic() - began)}", flush=True)
+    return compiled
+
+
+def _steps(options: Options, arrays: Arrays, compiled: TrainStep) -> Steps:
+    """Bind what stays the same from update to update."""
+    recipe, devices = options.recipe, options.devices
+    trainer = recipe.trainer(updates=options.spec.schedule.updates)
+    eval_step = compile_eval_step(trainer, arrays.frozen, devices=devices)
+    batch_size = recipe.micro_batch or recipe.batch_size
+
+    def train_batch(state: TrainState, batch):
+        if arrays.resident is not None:  # the batch is of indices
+            batch = arrays.resident(batch)
+        return compiled.run(state, batch, arrays.train_key)
+
+    def validate_state(state: TrainState) -> dict[str, float]:
+        return validate(
+            eval_step, state, arrays.held_out, arrays.validation_key, batch_size, devices=devices
+        )
+
+    return Steps(train_batch, validate_state)
+
+
+def _guards(options: Options, images: data.Images, state_size: int) -> Guards:
+    folder, spec, recipe = options[:3]
+    norm = getattr(recipe.model, "norm", "")
+    advice = "Try a smaller --learning-rate" + (" or --norm batch" if norm == "affine" else "")
+
+    def image_paths(update: int) -> list[str]:
+        indices = data.batch_indices(images, update, batch_size=recipe.batch_size, seed=spec.seed)
+        return [images.metadata(index)["path"] for index in indices]
+
+    finite = FiniteGuard(
+        folder,
+        updates_per_epoch=spec.schedule.updates_per_epoch,
+        advice=advice,
+        image_paths=image_paths,
+        last_checkpoint=partial(checkpoint.newest_path, folder),
+        writes=dev.is_first(),
+    )
+    memory = MemoryGuard(
+        state_size, images=recipe.micro_batch or recipe.batch_size, max_ram=options.max_ram
+    )
+    return Guards(options.signals, finite, memory)

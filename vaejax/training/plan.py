@@ -1,4 +1,4 @@
-"""What a run is going to do, said before it does it: updates, layers, memory, disk, time."""
+"""What a run is going to do, told before it does it: updates, layers, memory, disk, time."""
 
 import shutil
 import sys
@@ -12,46 +12,53 @@ import jax
 import numpy as np
 
 from vaejax.data import batches
-from vaejax.log import duration, memory, size
-from vaejax.memory import limit
 from vaejax.models import autoencoder, summary
-from vaejax.training import parallel, programs
-from vaejax.training.config import Config, Recipe, build_adam, describe_loss
-from vaejax.training.memory import refuse_too_much
-from vaejax.training.state import init
-from vaejax.training.step import train_step
+from vaejax.system import format_bytes, format_duration, memory_limit, process_memory
+from vaejax.training.compiled import compile_init, compile_train_step, state_bytes
+from vaejax.training.config import Recipe, describe
+from vaejax.training.devices import Devices, on_cpu, replicated, rows
+from vaejax.training.guards import refuse_too_much
+from vaejax.training.step import init, train_step
 
-PICTURES = 600_000  # bytes an epoch, about, at 64 pixels: two grids and the reconstructions
+PICTURE_BYTES = 600_000  # an epoch, about, at 64 pixels: two grids and the reconstructions
 
 
-class Schedule(NamedTuple):
+class Plan(NamedTuple):
+    """How long a run is."""
+
     per_epoch: int  # updates in a pass over the training images
-    updates: int  # in the whole run
+    updates: int  # in the entire run
 
     @property
     def epochs(self) -> int:
+        """The passes over the training images, the last one perhaps cut short."""
         return -(-self.updates // self.per_epoch)
 
 
-def schedule(recipe: Recipe, *, images: int) -> Schedule:
-    """Raises UserError where a batch is larger than the data set."""
+def make_plan(recipe: Recipe, *, images: int) -> Plan:
+    """Count the updates of a run. Raises UserError where a batch is larger than the data set."""
     per_epoch = batches.steps_per_epoch(images, recipe.batch_size)
     updates = recipe.epochs * per_epoch
-    return Schedule(per_epoch, min(updates, recipe.steps or updates))
+    return Plan(per_epoch, min(updates, recipe.steps or updates))
 
 
-def describe(recipe: Recipe, plan: Schedule, *, images: int) -> str:
-    """The table of layers and what is done with them."""
-    decay = ", falling to 0 along a cosine" if recipe.cosine_decay else ""
-    model, loss = autoencoder.describe(recipe.model), describe_loss(recipe)
+def describe_plan(recipe: Recipe, plan: Plan, *, images: int) -> str:
+    """Return the table of layers, and the settings of the training."""
+    rate = f"learning_rate {recipe.learning_rate:g}"
+    if recipe.warmup_steps:
+        rate += f", rising from 0 over {recipe.warmup_steps:,} updates"
+    if recipe.cosine_decay:
+        rate += ", falling to 0 along a cosine"
+    weights = "" if recipe.ema_decay is None else f"EMA      of the weights, {recipe.ema_decay:g}\n"
     return (
         f"{summary.table(recipe.model)}\n"
         f"recipe   {recipe.name}\n"
-        f"model    {_words(model)}\n"
-        f"loss     {_words(loss)}\n"
-        f"Adam     {recipe.learning_rate:g}{decay}, b1 {recipe.b1:g}\n"
-        f"updates  {plan.updates:,} of {recipe.batch_size} images: {plan.epochs:,} epochs of at "
-        f"most {plan.per_epoch:,}, {images:,} training images"
+        f"model    {_words(autoencoder.to_json(recipe.model))}\n"
+        f"loss     {_words(describe(recipe.loss))}\n"
+        f"updates  by {_words(describe(recipe.optimizer))}, {rate}\n"
+        f"{weights}"
+        f"length   {plan.updates:,} updates of {recipe.batch_size} images: {plan.epochs:,} epochs "
+        f"of {plan.per_epoch:,}, {images:,} training images" + (", flipped at random" * recipe.flip)
     )
 
 
@@ -61,92 +68,86 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 class Measured(NamedTuple):
-    compiling: float  # seconds
+    """What a few updates took."""
+
+    compile_seconds: float
     seconds: float  # of an update, compiled
     memory: int  # bytes that a step needs, on the host or on each device
     checkpoint: int  # bytes
-    finite: bool  # whether the figures are numbers
+    finite: bool  # whether all metrics are
 
 
-def measure(recipe: Recipe, *, devices: parallel.Devices, updates: int = 1) -> Measured:
-    """A few updates of a run of so many, made in earnest, on noise."""
-    model, everywhere = recipe.model, parallel.whole(devices)
-    optimizer = build_adam(recipe, updates=updates)
-    begin = partial(init, model=model, optimizer=optimizer)
-    key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
-    state = programs.compile_init(begin, devices=devices)(key)
+def measure(recipe: Recipe, *, devices: Devices, updates: int = 1) -> Measured:
+    """Make a few real updates, on noise, of a run of so many."""
+    model, trainer = recipe.model, recipe.trainer(updates=updates)
+    frozen = recipe.frozen() if recipe.frozen else None
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(devices))()
+    state = compile_init(trainer, devices=devices)(key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    mine = images[parallel.rows(devices, recipe.batch_size)]
+    mine = images[rows(devices, recipe.batch_size)]
     began = time.monotonic()
-    step = programs.compile_train_step(
-        partial(recipe.loss, model=model),
-        optimizer,
-        state,
-        jax.ShapeDtypeStruct(shape, np.uint8),
-        key,
-        devices=devices,
-        micro_batches=recipe.micro_batches,
-    )
-    compiling = time.monotonic() - began
-    checkpoint = programs.state_bytes(state)
+    batch = jax.ShapeDtypeStruct(shape, np.uint8)
+    step = compile_train_step(trainer, state, frozen, batch, key, devices=devices)
+    compile_seconds = time.monotonic() - began
+    checkpoint = state_bytes(state)
     refuse_too_much(step.memory, checkpoint, recipe, devices)
     seconds, finite = [], True
     for _ in range(3):
         began = time.monotonic()
-        state, figures = step.run(state, mine, key)
-        finite &= all(bool(np.isfinite(value)) for value in figures.values())
+        state, metrics = step.run(state, mine, key)
+        finite &= all(bool(np.isfinite(value)) for value in metrics.values())
         seconds.append(time.monotonic() - began)
-    memory = step.memory * (devices.count if parallel.on_cpu() else 1)
-    # the first one also warms up
-    return Measured(compiling, min(seconds[1:]), memory, checkpoint, finite)
+    memory = step.memory * (devices.count if on_cpu() else 1)
+    # the first update also warms up
+    return Measured(compile_seconds, min(seconds[1:]), memory, checkpoint, finite)
 
 
-def disk_needed(config: Config, recipe: Recipe, plan: Schedule, *, checkpoint: int) -> int:
-    """Bytes that a run will write, about: checkpoints of so many each, one more while it is
-    written, and the pictures."""
-    pictures = plan.epochs * PICTURES * (recipe.model.size / 64) ** 2
-    return round((config.keep + 1) * checkpoint + pictures)
+def disk_needed(recipe: Recipe, plan: Plan, *, keep: int, checkpoint: int) -> int:
+    """Estimate the bytes that a run writes: its checkpoints, one more while it is written, and the
+    pictures."""
+    picture_bytes = plan.epochs * PICTURE_BYTES * (recipe.model.size / 64) ** 2
+    return round((keep + 1) * checkpoint + picture_bytes)
 
 
 def warn_of_disk(folder: Path, needed: int) -> None:
+    """Warn if fewer bytes are free than a run needs."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         print(
-            f"warning: a run of this kind needs about {size(needed)} of disk, {size(free)} are "
-            f"free in {folder}: --keep 1 needs less",
+            f"warning: a run of this kind needs about {format_bytes(needed)} of disk, "
+            f"{format_bytes(free)} are free in {folder}: --keep 1 needs less",
             file=sys.stderr,
         )
 
 
 def operations(recipe: Recipe) -> float:
-    """Multiplications and additions in an update, about, as XLA counts them."""
-    model, optimizer = recipe.model, build_adam(recipe, updates=1)
-    step = partial(train_step, loss=partial(recipe.loss, model=model), optimizer=optimizer)
+    """Estimate the multiplications and additions of an update, as XLA counts them."""
+    model, trainer = recipe.model, recipe.trainer(updates=1)
     key = jax.random.key(0)
-    state = jax.eval_shape(partial(init, model=model, optimizer=optimizer), key)
+    state = jax.eval_shape(partial(init, trainer=trainer), key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
-    lowered = jax.jit(step).lower(state, jax.ShapeDtypeStruct(shape, np.uint8), key)
+    step = jax.jit(partial(train_step, trainer=trainer))
+    lowered = step.lower(state, None, jax.ShapeDtypeStruct(shape, np.uint8), key)
     return float((lowered.cost_analysis() or {})["flops"])
 
 
-def forecast(
-    config: Config, recipe: Recipe, plan: Schedule, *, devices: parallel.Devices, to_prepare: int
-) -> str:
-    """Memory, disk and time of a run on this machine; the time is that of a few real updates.
+def forecast(recipe: Recipe, plan: Plan, *, devices: Devices, keep: int, to_prepare: int) -> str:
+    """Measure and describe memory, disk and time of a run on this machine.
 
-    `to_prepare` files are not prepared yet, and will lie on the disk as pixels.
+    `to_prepare` files are not prepared yet, and will be on the disk as pixels.
     """
-    model, found = recipe.model, measure(recipe, devices=devices, updates=plan.updates)
-    disk = disk_needed(config, recipe, plan, checkpoint=found.checkpoint)
+    model, measured = recipe.model, measure(recipe, devices=devices, updates=plan.updates)
+    disk = disk_needed(recipe, plan, keep=keep, checkpoint=measured.checkpoint)
     pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
-    where = "host" if parallel.on_cpu() else "device" if devices.count == 1 else "each device"
+    where = "host" if on_cpu() else "device" if devices.count == 1 else "each device"
     return (
-        f"memory   {size(found.memory)} on the {where} for a step, {size(memory())} in this "
-        f"process, of {size(limit())}\n"
-        f"disk     about {size(disk)}: {config.keep} checkpoints of {size(found.checkpoint)}, "
-        f"one more while it is written, and the pictures; the images {size(pixels)} more\n"
-        f"time     {duration(found.seconds * plan.updates)} on {devices}: {found.seconds:.3g} s an "
-        f"update, {recipe.batch_size / found.seconds:,.0f} images/s, measured; compiled in "
-        f"{duration(found.compiling)}"
+        f"memory   {format_bytes(measured.memory)} on the {where} for a step, "
+        f"{format_bytes(process_memory())} in this process, of {format_bytes(memory_limit())}\n"
+        f"disk     about {format_bytes(disk)}: {keep} checkpoints of "
+        f"{format_bytes(measured.checkpoint)}, one more while it is written, and the pictures; "
+        f"the images {format_bytes(pixels)} more\n"
+        f"time     {format_duration(measured.seconds * plan.updates)} on {devices}: "
+        f"{measured.seconds:.3g} s an update, {recipe.batch_size / measured.seconds:,.0f} "
+        f"images/s, measured; compiled in {format_duration(measured.compile_seconds)}"
     )

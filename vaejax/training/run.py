@@ -1,57 +1,38 @@
-"""A run is a folder: what lies in it, whose it is at the moment, what it says of itself."""
+"""A run is a folder: which one a command means, its files, its lock and its status."""
 
 import fcntl
-import json
 import os
-import platform
 import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import vaejax
-from vaejax.data.sources import printable
-from vaejax.errors import UserError
-from vaejax.files import whole
-from vaejax.log import lines
-from vaejax.training.disk import refused_by_disk
+from vaejax.data.batches import DatasetDiff, dataset_diff
+from vaejax.errors import CheckpointError, StorageError, UserError
+from vaejax.files import PARTIAL, printable, read_json, write_json
+from vaejax.models import autoencoder
+from vaejax.models.autoencoder import Autoencoder
+from vaejax.system import versions
+from vaejax.training import checkpoint
+from vaejax.training.config import OtherVersion, RunSpec, differences
 
 ROOT = Path("runs")
-# what the files of a run's folder must hold for the rest of the program to read them
-NEEDED: dict[str, dict[str, Any]] = {
-    "config.json": {
-        "experiment": str,
-        "model": {"kind": str, "size": int},
-        "loss": {"kind": str},
-        "optimizer": {},
-        "batch_size": int,
-        "seed": int,
-        "data": {},
-        "schedule": {
-            "recipe": str,
-            "source": str,
-            "prepared": str,
-            "images": int,
-            "updates": int,
-            "updates_per_epoch": int,
-        },
-    },
-    "run.json": {"status": str, "started": str, "changed": str, "command": str, "devices": str},
-}
+
+
+# Finding a run ------------------------------------------------------------------------------------
 
 
 def numbered(name: str = "*") -> list[Path]:
-    """The run folders below `runs/`, oldest first."""
+    """List the run folders below `runs/`, oldest first."""
     return sorted(f for f in ROOT.glob(f"[0-9][0-9][0-9][0-9][0-9]-{name}") if f.is_dir())
 
 
 def find(run: str) -> Path:
-    """The folder that a person means by a path, a number or "latest"."""
+    """Return the folder that a person means by a path, a number or "latest"."""
     if run == "latest":
         begun = [folder for folder in numbered() if (folder / "run.json").exists()]
         folders = sorted(begun, key=lambda f: (f / "run.json").stat().st_mtime)
@@ -71,62 +52,208 @@ def find(run: str) -> Path:
     )
 
 
-def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """`config.json` or `run.json`; UserError where it is not there or not what was written."""
+def choose_folder(
+    spec: RunSpec, *, out: Path | None, fresh: bool, accept_changed_data: bool
+) -> Path:
+    """Return the folder of the run that a spec describes; it need not exist yet.
+
+    Without `out`: the newest `runs/NNNNN-experiment` with the same identity, else the next number.
+    With it: that folder, unless another run lies there (UserError with the fields that differ).
+    `fresh` takes a new number, or renames the old folder. A run from the same source, of which the
+    images have changed meanwhile, is the same one if that is accepted, and else a UserError.
+    """
+    if out is None:
+        readable = [] if fresh else list(_readable(spec.experiment))
+        same = [folder for folder, saved in readable if not differences(saved, spec)]
+        for folder, saved in reversed(readable if not same else []):
+            unfinished = accept_changed_data or actual_status(folder) != "finished"
+            if unfinished and (diff := changed_data(saved, spec)):
+                _require_accepted(folder, diff, accepted=accept_changed_data)
+                return folder
+        return same[-1] if same else ROOT / f"{_next_number():05}-{spec.experiment}"
+    refuse_running(out)
+    if not _is_run(out):
+        names = os.listdir(out) if out.exists() else []
+        # a kill in the first moment leaves the lock alone
+        if not all(n == "run.lock" or n.startswith(PARTIAL) for n in names):
+            raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
+    elif fresh:
+        _rename_aside(out)
+    elif diff := changed_data(saved := read_or_recover_spec(out), spec):
+        _require_accepted(out, diff, accepted=accept_changed_data)
+    elif fields := differences(saved, spec):
+        raise UserError(
+            f"cannot resume {out}: {'; '.join(fields)} (saved → in this command). "
+            "Repeat the command it was made by, name another --out, or add --fresh"
+        )
+    return out
+
+
+def _rename_aside(out: Path) -> None:
+    aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists())
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{printable(folder / name)} cannot be read: {error}") from None
-    if wrong := problem(value, name):
-        raise UserError(f"{printable(folder / name)} is damaged: {wrong}")
+        os.rename(out, aside)
+    except OSError as error:
+        raise UserError(f"{out} cannot be moved to {aside}: {error.strerror}") from None
+    print(f"{out} was kept as {aside}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell whether a run was begun there, whatever has become of its files since."""
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    ours = {"run.json", "metrics.jsonl", checkpoint.FOLDER}
+    return "config.json" in names or ("run.lock" in names and bool(ours & names))
+
+
+def changed_data(saved: RunSpec, spec: RunSpec) -> DatasetDiff | None:
+    """Say how the images have changed, if two runs differ in nothing but them.
+
+    None otherwise, or if the images come from another source or were cropped in another way.
+    """
+    if not differences(saved, spec) or differences(saved, spec, without_data=True):
+        return None
+    if saved.schedule.source != spec.schedule.source:
+        return None
+    return dataset_diff(Path(saved.schedule.prepared), Path(spec.schedule.prepared))
+
+
+def _require_accepted(folder: Path, diff: DatasetDiff, *, accepted: bool) -> None:
+    text = f"the images have changed since {folder} was last trained on them: {diff}"
+    if not accepted:
+        raise UserError(
+            f"{text}. --accept-changed-data goes on with them, --fresh starts anew; or put the "
+            "images back as they were"
+        )
+    print(f"{text}; going on with the present ones")
+
+
+def _next_number() -> int:
+    return 1 + max((int(folder.name[:5]) for folder in numbered()), default=-1)
+
+
+def _readable(name: str) -> Iterator[tuple[Path, RunSpec]]:
+    """Yield the numbered runs, oldest first, with their specs; warn of unreadable ones."""
+    for folder in numbered(name):
+        if _is_run(folder):
+            try:
+                yield folder, read_or_recover_spec(folder)
+            except UserError as error:
+                print(f"warning: {error}. It is left alone", file=sys.stderr)
+
+
+class LoadedRun(NamedTuple):
+    """A run as samples, pictures and evaluations need it."""
+
+    folder: Path
+    spec: RunSpec
+    model: Autoencoder
+    weights: checkpoint.Weights
+
+
+def load(folder: Path) -> LoadedRun:
+    """Load the model and the newest undamaged weights of a run, or their moving average.
+
+    Raises UserError for a folder that is no readable run, CheckpointError for one without weights.
+    """
+    spec = read_spec(folder)
+    model = autoencoder.from_json(spec.model)
+    try:
+        weights = checkpoint.load_weights(folder, model, ema=spec.ema_decay is not None)
+    except CheckpointError:
+        if not checkpoint.steps(folder) and status(folder) == "diverged":
+            raise CheckpointError(f"{folder} diverged before its first checkpoint") from None
+        raise
+    return LoadedRun(folder, spec, model, weights)
+
+
+# Its files ----------------------------------------------------------------------------------------
+
+
+class UnreadableSpec(UserError):
+    """A `config.json` that is missing or damaged: a checkpoint may know what it held."""
+
+
+def read_spec(folder: Path) -> RunSpec:
+    """Read a run's `config.json`.
+
+    Raises UnreadableSpec where it is missing or damaged, UserError where another version of vaejax
+    has written it.
+    """
+    path = folder / "config.json"
+    try:
+        return RunSpec.from_json(read_json(path))
+    except OtherVersion as error:
+        raise UserError(f"{printable(folder)} cannot be used: {error}. It stays as it is") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UnreadableSpec(f"{printable(path)} cannot be read: {reason}") from None
+
+
+def read_or_recover_spec(folder: Path) -> RunSpec:
+    """Read a run's spec from `config.json`, or, with a warning, from its newest checkpoint.
+
+    Raises UserError where neither can be read.
+    """
+    try:
+        return read_spec(folder)
+    except UnreadableSpec as error:
+        try:
+            spec = RunSpec.from_json(checkpoint.saved_spec(folder))
+        except ValueError:
+            raise UserError(
+                f"{error}, and no checkpoint tells what it held. Put it back, or start anew with "
+                "--fresh, which keeps the folder"
+            ) from None
+        print(f"warning: {error}; its newest checkpoint tells what it held", file=sys.stderr)
+        return spec
+
+
+def write_spec(folder: Path, spec: RunSpec) -> None:
+    """Write `config.json`."""
+    write_json(folder / "config.json", spec.to_json(), indent=2)
+
+
+STATUS_FIELDS = ("status", "started", "changed", "command", "devices")
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Read `run.json`: status, command, devices, versions. UserError if missing or damaged."""
+    path = folder / "run.json"
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object")
+        if wrong := [name for name in STATUS_FIELDS if not isinstance(value.get(name), str)]:
+            raise ValueError(f'"{wrong[0]}" is not a text')
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{printable(path)} cannot be read: {reason}") from None
     return value
 
 
-def remembered(folder: Path) -> dict[str, Any]:
-    """`run.json`; nothing where it is not there or damaged: the run goes on without it."""
+def last_status(folder: Path) -> dict[str, Any]:
+    """Read `run.json`, or return {} where it is missing or damaged: a run goes on without it."""
     try:
-        return read(folder, "run.json")
+        return read_status(folder)
     except UserError:
         return {}
 
 
-def problem(value: Any, name: str) -> str | None:
-    """Where a JSON value has not the form of the file of that name."""
-    return _problem(value, NEEDED[name])
+def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `run.json` of a run that starts or resumes.
 
-
-def _problem(value: Any, needed: Any, field: str = "it") -> str | None:
-    if not isinstance(needed, dict):
-        if not isinstance(value, needed) or isinstance(value, bool):
-            return f"{field} is not of the kind {needed.__name__}"
-        least = 0 if field == '"seed"' else 1
-        return None if needed is str or least <= value < 2**53 else f"{field} is {value}"
-    if not isinstance(value, dict):
-        return f"{field} is not an object"
-    problems = (_problem(value.get(name), inner, f'"{name}"') for name, inner in needed.items())
-    return next((problem for problem in problems if problem), None)
-
-
-def write(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    with whole(folder / name) as partial:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-
-
-def describe(
-    settings: Mapping[str, Any], *, devices: str, before: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The `run.json` of a run that begins or goes on: what a reader needs to know to believe the
-    figures. Of what it was `before` stay the start, and the updates of the last checkpoint."""
+    It holds what a reader needs in order to trust the metrics. The start, and the step of the last
+    checkpoint, are kept from what it was `before`.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     value = {
         "status": "running",
         "started": before.get("started", now),
         "changed": now,
-        # without --fresh, with which the same command would not go on but start anew
+        # without --fresh, with which the same command would start anew instead of resuming
         "command": shlex.join(["python", *(word for word in sys.argv if word != "--fresh")]),
-        "seed": settings["seed"],
-        "data": settings["data"],
+        "seed": spec.seed,
+        "data": dict(spec.data),
         "devices": devices,
         "host": socket.gethostname(),
         "versions": versions(),
@@ -134,52 +261,38 @@ def describe(
     return value | ({"saved": before["saved"]} if "saved" in before else {})
 
 
-def record(folder: Path, value: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+def write_status(folder: Path, value: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Write `run.json` with these changes, and return it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new = {**value, **changes, "changed": now}
-    write(folder, "run.json", new)
+    write_json(folder / "run.json", new, indent=2)
     return new
 
 
-def versions() -> dict[str, str]:
-    """Of what computes, reads and writes."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    ours = {"vaejax": vaejax.__version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in packages}
-
-
 def status(folder: Path) -> str:
-    """ "running", "stopped", "finished" or "diverged", as the run last said of itself."""
-    return remembered(folder).get("status", "")
+    """Return "running", "stopped", "finished", "diverged" or "", as the run has last written."""
+    return last_status(folder).get("status", "")
 
 
-def standing(folder: Path) -> str:
-    """How a run stands: what it last said, unless it says that it is running and nobody is."""
-    said = status(folder)
-    return "stopped" if said == "running" and not _is_locked(folder) else said
+def actual_status(folder: Path) -> str:
+    """Return the status; "stopped" for a run that was killed before it could write so."""
+    written = status(folder)
+    return "stopped" if written == "running" and not is_locked(folder) else written
 
 
-def ends(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The first and the last line of metrics.jsonl of each split."""
-    first: dict[str, dict] = {}
-    last: dict[str, dict] = {}
-    for _, entry in lines(folder / "metrics.jsonl"):
-        first.setdefault(entry["split"], entry)
-        last[entry["split"]] = entry
-    return first, last
+# The folder ---------------------------------------------------------------------------------------
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Before hours are spent: can `folder` be made, and can it be written to?"""
+    """Raise UserError, before hours are spent, if `folder` cannot be made or written to."""
     nearest = folder.absolute()
     try:
         os.lstat(nearest)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # for those the nearest folder that is there has better words
+        pass  # for those the nearest folder that exists gives a better message
     except OSError as error:  # a name that is too long, a loop of links
         raise UserError(f"{printable(folder)} cannot be a folder: {error.strerror}") from None
-    while not os.path.exists(nearest):  # Path.exists raises where it may not look
+    while not os.path.exists(nearest):  # Path.exists raises where it has no permission
         nearest = nearest.parent
     if not os.path.isdir(nearest):
         raise UserError(f"{folder} cannot be a folder: {nearest} is a file")
@@ -189,11 +302,12 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep every other process from training in it.
+    """Create the folder, and keep every other process from training in it.
 
-    The kernel frees the lock when the process ends, however it ends: none is ever stale.
+    The kernel releases the lock when the process ends, however it ends: none is ever stale. Raises
+    UserError if another process holds it, StorageError if the disk takes nothing.
     """
-    with refused_by_disk(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "run.lock").open("a+b", buffering=0)
     with file:
@@ -211,20 +325,30 @@ def locked(folder: Path) -> Iterator[None]:
                 "runs could write over each other: name an --out on another disk"
             ) from None
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        with refused_by_disk(folder / "run.lock"):
+        with storage_errors(folder / "run.lock"):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         yield
 
 
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError in what must be written before a run can begin into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def refuse_running(folder: Path) -> None:
-    """UserError where another process trains in `folder`."""
-    if _is_locked(folder):
+    """Raise UserError if another process trains in `folder`."""
+    if is_locked(folder):
         with locked(folder):
             pass
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process trains in `folder`."""
     try:
         with (folder / "run.lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

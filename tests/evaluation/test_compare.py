@@ -1,0 +1,147 @@
+"""Only comparable metrics are compared, of undamaged evaluations; and the two commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vaejax import cli
+from vaejax.evaluation import compare, evaluate, features, tables
+
+
+def test_the_best_value_depends_on_the_direction_of_its_metric():
+    def best(name: str, *values: float) -> set[int]:
+        return compare.best(name, [{"metrics": {name: {"value": v}}} for v in values])
+
+    assert best("mse", 0.3, 0.1, 0.2) == {1}
+    assert best("elbo", -3, -1, -1) == {1, 2}
+    assert best("mmd", 0.02, -0.01) == {1}  # the nearest to 0
+    assert best("effective_beta", 0.1, 1.5, 3) == {1}  # the nearest to 1
+    assert best("rate", 1, 2) == set()  # has no better direction
+    assert best("mse", 0.1, 0.1) == set()
+    assert best("frechet/samples", 5, 4) == {1}
+    assert best("frechet/train", 5, 4) == set()  # does not depend on the run
+
+
+@pytest.mark.parametrize(
+    ("change", "remark", "dropped"),
+    [
+        ({}, None, set()),
+        ({"size": 32}, "16 and 32 pixels", {"elbo", "kernel/samples", "nearest_pixels/samples"}),
+        (
+            {"features": {"name": "other", "weights": ""}},
+            "compared by quarters and other",
+            {"kernel/samples", "nearest_features/samples", "frechet_gap"},
+        ),
+        ({"compared_faces": 7}, "and 7 faces", {"kernel/samples", "frechet_gap"}),
+        ({"split": "validation"}, "splits differ (test and validation)", set()),
+        ({"data": {}}, "images of the runs differ", set()),
+        ({"config": {}}, "samples or seeds", set()),
+    ],
+)
+def test_metrics_that_cannot_be_compared_are_left_out(
+    written: Path, evaluation, change: dict, remark: str | None, dropped: set[str]
+):
+    run = compare.read_run(str(written))
+    other = run._replace(evaluation={**run.evaluation, **change})
+    compared, remarks = compare.comparable([run, other])
+    assert len(remarks) == (remark is not None)
+    assert not remark or remark in remarks[0]
+    for result in compared:
+        assert not result["metrics"].keys() & dropped
+        assert {"mse", "psnr", "effective_beta"} <= result["metrics"].keys()
+        assert dropped or result["metrics"].keys() == evaluation.json["metrics"].keys()
+
+
+def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("sys.argv", ["vaejax", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_commands_evaluate_and_compare_two_runs(
+    trained: Path, quarters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / name)
+    flags = ["--samples", "60", "--bound-images", "2", "--bound-samples", "3"]
+    assert command("compare", "a", "b", monkeypatch=monkeypatch) == 2
+    assert "not evaluated yet: vaejax evaluate a" in capsys.readouterr().err
+    assert command("evaluate", "a", *flags, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "VGG16's features are of images of 32 px and more" in out
+    assert "bits_per_dim" in out
+    monkeypatch.setattr(features, "vgg16", lambda size: quarters)
+    assert command("evaluate", "b", *flags, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert command("compare", "a", "b", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "metrics of features are left out" in out
+    assert "bits_per_dim" in out
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * (len(tables.CAPTIONS) - 1)  # no mixture
+    assert "http" not in page.replace("<!doctype html>", "")  # it loads nothing
+    assert all(f'<td class="">{n}</td>' in page for n in ("bits_per_dim", "psnr", "mmd"))
+
+
+def test_damaged_evaluations_and_those_of_another_version_are_refused(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    folder = tmp_path / "a"
+    shutil.copytree(written, folder)
+    path = folder / "evaluation.json"
+    complete = json.loads(path.read_text())
+    monkeypatch.chdir(tmp_path)
+
+    def refusal(content: str) -> str:
+        path.write_text(content)
+        assert command("compare", "a", monkeypatch=monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        return error
+
+    older = refusal(json.dumps({"format": "vaejax evaluation 1", "figures": {}}))
+    assert "a/evaluation.json was written by another version of vaejax" in older
+    assert "`vaejax evaluate a` evaluates the run again" in older
+    for damaged in (
+        {"format": evaluate.FORMAT},
+        {**complete, "format": "something else"},
+        {**complete, "features": "VGG16"},
+        {**complete, "features": {"name": 3}},
+        {**complete, "compared_faces": "all"},
+        {**complete, "metrics": {"mse": 3}},
+        {**complete, "metrics": {"mse": {"value": None, "error": None}}},
+        [],
+    ):
+        error = refusal(json.dumps(damaged))
+        assert "cannot be read" in error
+        assert "`vaejax evaluate a` writes it again" in error
+    assert "cannot be read" in refusal("{")
+    path.write_text(json.dumps(complete))
+    assert command("compare", "a", monkeypatch=monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "latest"], "there is no run"),
+        (["evaluate", "7", "--samples", "0"], "--samples 0: at least 1"),
+        (["evaluate", "7", "--seed", "-1"], "--seed -1"),
+        (["evaluate", "7", "--split", "train"], "--split"),
+        (["compare"], "no run was named"),
+        (["compare", "7", "--out", "a.png"], "must end in .html"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,240 @@
+"""The C++ kernels compute what XLA computes, and everything works without them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from vaejax import kernels
+from vaejax.models import convolution
+from vaejax.models.convolution import convolve, convolve_transposed, native_algorithm
+
+pytestmark = [
+    pytest.mark.skipif(bool(kernels.unavailable_reason()), reason=kernels.unavailable_reason()),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
+
+# (images, height, width, channels, features, taps, stride): sizes that are multiples of vectors and
+# tiles, and sizes that are not; an image no larger than a tile; more tiles than one block has
+WINOGRAD = [
+    (2, 16, 16, 32, 64, 5, 2), (1, 8, 8, 16, 16, 5, 2), (3, 12, 20, 12, 40, 5, 2),
+    (1, 2, 6, 7, 5, 5, 2), (40, 16, 8, 5, 33, 5, 2), (300, 8, 8, 6, 6, 5, 2),
+]  # fmt: skip
+WINDOWS = [
+    (2, 16, 16, 3, 32, 5, 1), (1, 7, 9, 1, 8, 3, 1), (5, 12, 20, 3, 20, 5, 4),
+    (3, 6, 4, 4, 33, 5, 2), (1, 2, 2, 3, 5, 4, 1), (17, 9, 21, 2, 16, 3, 3),
+]  # fmt: skip
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture
+def always_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the kernels for small convolutions too, and as if there were only one device."""
+    monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(convolution, "MIN_TILES", 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def values_and_gradients(layer, x, kernel):
+    y, pull_back = jax.vjp(layer, x, kernel)
+    return [y, *pull_back(jnp.asarray(normal(*y.shape, seed=2), y.dtype))]
+
+
+@pytest.mark.usefixtures("always_native")
+@pytest.mark.parametrize("case", WINOGRAD + WINDOWS, ids=str)
+@pytest.mark.parametrize("layer", [convolve, convolve_transposed], ids=lambda f: f.__name__)
+def test_values_and_gradients_are_those_of_xla_in_double_precision(layer, case, monkeypatch):
+    b, h, w, c, o, taps, stride = case
+    kernel = normal(taps, taps, c, o, seed=1)
+    image = normal(b, h, w, c)
+    x = image if layer is convolve else normal(b, h // stride, w // stride, o)
+    algorithm = native_algorithm(
+        image.shape, kernel.shape, stride, jnp.asarray(image), jnp.asarray(kernel)
+    )
+    assert algorithm == ("winograd" if case in WINOGRAD else "windows")
+    ours = values_and_gradients(partial(layer, stride=stride), jnp.asarray(x), jnp.asarray(kernel))
+    with jax.enable_x64(True):
+        monkeypatch.setattr(convolution, "native_algorithm", lambda *_: None)
+        theirs = values_and_gradients(
+            partial(layer, stride=stride), jnp.asarray(x, float), jnp.asarray(kernel, float)
+        )
+        for actual, expected in zip(ours, theirs, strict=True):
+            error = np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected)
+            assert error < 2e-5
+
+
+@pytest.mark.usefixtures("always_native")
+@pytest.mark.parametrize("case", [WINOGRAD[2], WINDOWS[2]], ids=str)
+@pytest.mark.parametrize("layer", [convolve, convolve_transposed], ids=lambda f: f.__name__)
+def test_gradients_agree_with_finite_differences(layer, case):
+    b, h, w, c, o, taps, stride = case
+    x = normal(b, h, w, c) if layer is convolve else normal(b, h // stride, w // stride, o)
+    arguments = (jnp.asarray(x), jnp.asarray(normal(taps, taps, c, o, seed=1)))
+    # linear in each argument, and so exact for any step: a large one suits float32
+    function = jax.jit(lambda x, kernel: layer(x, kernel, stride=stride))
+    check_grads(function, arguments, order=1, modes=["rev"], eps=1.0, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("always_native")
+@pytest.mark.parametrize("case", [WINOGRAD[2], WINDOWS[2]], ids=str)
+def test_an_image_does_not_affect_the_others_of_its_batch(case):
+    b, h, w, c, o, taps, stride = case
+    image, kernel = normal(b, h, w, c), normal(taps, taps, c, o, seed=1)
+    features = normal(b, h // stride, w // stride, o)
+    image[1], features[1] = np.nan, np.nan
+    for y in (
+        convolve(jnp.asarray(image), jnp.asarray(kernel), stride=stride),
+        convolve_transposed(jnp.asarray(features), jnp.asarray(kernel), stride=stride),
+    ):
+        assert np.isfinite(y[0]).all()
+        assert np.isnan(y[1]).all()
+        assert np.isfinite(y[2]).all()
+
+
+def test_the_report_s_layers_use_the_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    algorithms = [
+        native_algorithm((128, size, size, c), (5, 5, c, o), stride, jnp.zeros(1))
+        for size, c, o, stride in [
+            (64, 3, 32, 1), (64, 32, 64, 2), (32, 64, 128, 2), (16, 128, 256, 2), (8, 256, 512, 2),
+            (256, 3, 64, 4),
+        ]
+    ]  # fmt: skip
+    assert algorithms == ["windows", *["winograd"] * 4, "windows"]
+
+
+def test_other_dtypes_and_sizes_and_several_devices_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    image, kernel = (128, 64, 64, 32), (5, 5, 32, 64)
+    single, half = jnp.zeros(1), jnp.zeros(1, jnp.bfloat16)
+    assert native_algorithm(image, kernel, 2, single) == "winograd"
+    assert native_algorithm(image, kernel, 2, half, half) is None
+    assert native_algorithm(image, kernel, 2, single, half) is None
+    assert native_algorithm(image, (3, 3, 32, 64), 2, single) is None
+    assert native_algorithm((128, 63, 64, 32), kernel, 2, single) is None
+    assert native_algorithm((32, 8, 8, 8), (5, 5, 8, 4), 2, single) is None  # too little work
+    assert native_algorithm((16, 8, 8, 256), (5, 5, 256, 512), 2, single) is None  # too few tiles
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert native_algorithm(image, kernel, 2, single) is None
+
+
+CONSTANTS = {"b1": 0.5, "b2": 0.999, "eps": 1e-8}
+CORRECTIONS = jnp.asarray([1 - 0.5**3, 1 - 0.999**3], jnp.float32)
+
+
+def moments() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A gradient, and the moments before the third update; two and a half pieces for threads."""
+    gradient, mean, root = (jnp.asarray(normal(5 * 2**15, seed=seed)) for seed in range(3))
+    return gradient, mean, root**2
+
+
+def test_adam_is_the_formula_of_its_paper():
+    g, m, v = (np.asarray(array, np.float64) for array in moments())
+    m, v = 0.5 * m + 0.5 * g, 0.999 * v + 0.001 * g**2
+    step = (m / (1 - 0.5**3)) / (np.sqrt(v / (1 - 0.999**3)) + 1e-8)
+    actual = kernels.adam(*moments(), CORRECTIONS, jnp.float32(7.0), **CONSTANTS)
+    for array, expected in zip(actual, (step, m, v), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [np.nan, np.inf, -np.inf])
+def test_adam_takes_no_step_where_the_norm_is_not_finite(norm):
+    _, mean, square = moments()
+    step, new_mean, new_square = kernels.adam(
+        *moments(), CORRECTIONS, jnp.float32(norm), **CONSTANTS
+    )
+    assert not np.any(step)
+    np.testing.assert_array_equal(new_mean, mean)
+    np.testing.assert_array_equal(new_square, square)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 2**16, 5 * 2**15 + 3])
+def test_the_squared_norm_is_the_sum_of_squares(size):
+    x = normal(size)
+    expected = np.sum(x.astype(np.float64) ** 2)
+    np.testing.assert_allclose(kernels.squared_norm(jnp.asarray(x)), expected, rtol=1e-6)
+
+
+GRADIENTS = """
+import os, sys
+if sys.argv[2] == "one":
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+import jax, numpy as np
+from vaejax import kernels
+from vaejax.models.convolution import convolve, convolve_transposed
+def loss(a, b, x):
+    features = convolve(x, a, stride=2)
+    return (convolve_transposed(features, b, stride=2) ** 2).mean()
+x, a, b = (np.sin(np.arange(np.prod(shape)) ** 2).astype(np.float32).reshape(shape)
+           for shape in [(64, 32, 32, 16), (5, 5, 16, 40), (5, 5, 3, 40)])
+gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(a, b, x)
+np.savez(sys.argv[1], *gradients)
+print(kernels.unavailable_reason())
+"""
+
+
+def gradients(folder: Path, threads: str, **environment: str) -> tuple[str, list[np.ndarray]]:
+    """Compute the gradients of two layers in a process with one device.
+
+    Returns why the kernels were unavailable, and the gradients.
+    """
+    path = folder / "gradients.npz"
+    process = subprocess.run(
+        [sys.executable, "-c", GRADIENTS, str(path), threads],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    with np.load(path) as arrays:
+        return process.stdout.strip(), list(arrays.values())
+
+
+def test_the_bits_are_the_same_with_any_number_of_threads_and_xla_agrees(tmp_path: Path):
+    reason, many_threads = gradients(tmp_path, "all")
+    assert reason == ""
+    reason, one_thread = gradients(tmp_path, "one")
+    assert reason == ""
+    reason, xla = gradients(tmp_path, "all", CXX="no-such-compiler")
+    assert "no-such-compiler" in reason
+    for a, b, c in zip(many_threads, one_thread, xla, strict=True):
+        np.testing.assert_array_equal(a, b)
+        # not 0: without the kernels the rounding is another
+        assert 0 < np.linalg.norm(a - c) <= 1e-4 * np.linalg.norm(c)
+
+
+REASON = "from vaejax import kernels; print(kernels.unavailable_reason())"
+
+
+def reason(**environment: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", REASON],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    return process.stdout.strip()
+
+
+def test_the_reason_names_the_variable_or_the_compiler_s_error(tmp_path: Path):
+    assert reason(VAEJAX_NATIVE="0") == "VAEJAX_NATIVE=0"
+    assert reason(CXX="c++ -include no-such-header.h").startswith("c++: ")
+    assert "no-such-header.h" in reason(CXX="c++ -include no-such-header.h")
+
+
+def test_a_build_is_kept_in_the_cache_folder_and_used_again(tmp_path: Path):
+    compiler = tmp_path / "counting-c++"
+    compiler.write_text(f'#!/bin/sh\necho >> {tmp_path / "calls"}\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert reason(**environment) == reason(**environment) == ""
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    (library,) = (tmp_path / "cache" / "vaejax" / "kernels").iterdir()
+    assert library.suffix == ".so"

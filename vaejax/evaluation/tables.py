@@ -1,0 +1,215 @@
+"""Tables of evaluations as text, Markdown and HTML, and the files of an evaluation."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vaejax import pictures, plots
+from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
+from vaejax.evaluation.set_metrics import SETS, metric_of_set
+from vaejax.files import write_json, write_text
+from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
+from vaejax.metrics import SETS as SETS_GROUP
+from vaejax.system import format_bytes, format_duration
+
+FOLDER = "evaluation"  # of the pictures, in the run's folder
+
+CAPTIONS = {
+    "samples_normal.png": "Samples from N(0, I)",
+    "samples_mixture.png": "Samples from the Gaussian mixture that is fitted to the latents",
+    "reconstructions.png": "Held-out faces (above) and their reconstructions (below)",
+    "worst_and_best.png": "The ten worst reconstructions by PSNR, and the ten best",
+    "nearest.png": "The samples that lie nearest to a training face; below, their nearest training "
+    "face by features and by pixels",
+    "rates.png": "The rate of each latent dimension",
+}
+
+MISSING = "–"
+ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "": "", "0": "→ 0", "1": "→ 1"}
+BY_SET = (SETS_GROUP, MEMORIZATION)  # groups whose columns are sets, in the table of one evaluation
+
+
+class Table(NamedTuple):
+    """A table of a group of metrics. The first column has the names of the metrics; the last three
+    have unit, better direction and meaning; those between them have values."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def format_estimate(estimate: Mapping[str, Any] | None) -> str:
+    """Format a metric with two digits of its error, or with five digits if it has none."""
+    if estimate is None:
+        return MISSING
+    value, error = estimate["value"], estimate["error"]
+    if not error:
+        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    digits = max(0, 1 - math.floor(math.log10(abs(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Build a table for each group of metrics, without empty rows and tables.
+
+    With one evaluation, sets of faces stand side by side; with several, the evaluations do.
+    """
+    groups: dict[str, dict[str, Metric]] = {}
+    for name, metric in METRICS.items():
+        groups.setdefault(metric.group, {})[name] = metric
+    return [
+        table
+        for title, metrics in groups.items()
+        if (table := _table(title, metrics, evaluations)).rows
+    ]
+
+
+def _table(
+    title: str, metrics: Mapping[str, Metric], evaluations: Sequence[Mapping[str, Any]]
+) -> Table:
+    values = [evaluation["metrics"] for evaluation in evaluations]
+    sets = _set_names(metrics, values)
+    rows = []
+    for name, metric in metrics.items():
+        about = [metric.unit, ARROWS[metric.better], metric.meaning]
+        keys = [metric_of_set(name, set_name) for set_name in sets]
+        if _has_sets_as_columns(title, evaluations):
+            rows.append([name, *(format_estimate(values[0].get(key)) for key in keys), *about])
+        else:
+            for key in [name, *keys]:
+                rows.append([key, *(format_estimate(v.get(key)) for v in values), *about])
+    columns = sets if _has_sets_as_columns(title, evaluations) else [e["run"] for e in evaluations]
+    nonempty = [row for row in rows if any(cell != MISSING for cell in row[1:-3])]
+    return Table(title, ["", *columns, "unit", "better", "meaning"], nonempty)
+
+
+def _has_sets_as_columns(title: str, evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    return len(evaluations) == 1 and title in BY_SET
+
+
+def _set_names(metrics: Collection[str], values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the sets of which there are metrics, such as "samples" or "samples (mixture)"."""
+    parts = [key.partition("/") for estimates in values for key in estimates]
+    names = dict.fromkeys(name for metric, _, name in parts if name and metric in metrics)
+
+    def position(name: str) -> int:
+        kind = name.partition(" (")[0]
+        return SETS.index(kind) if kind in SETS else len(SETS)
+
+    return sorted(names, key=position)
+
+
+# Formats ------------------------------------------------------------------------------------------
+
+
+def to_text(evaluation: Mapping[str, Any]) -> list[str]:
+    """Write the tables of an evaluation, and its notes, as lines for the terminal."""
+    lines: list[str] = []
+    for table in tables([evaluation]):
+        has_head = _has_sets_as_columns(table.title, [evaluation])
+        rows = align([table.head, *table.rows], left=(0, -3, -2, -1))
+        lines += ["", table.title, *(rows if has_head else rows[1:])]
+    return [*lines, "", *notes(evaluation)]
+
+
+def align(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> list[str]:
+    """Pad cells to columns of equal width, to the left in the columns `left`, else to the right."""
+    width = len(rows[0])
+    left = {column % width for column in left}
+    widths = [max(len(row[i]) for row in rows) for i in range(width)]
+
+    def pad(column: int, cell: str) -> str:
+        return cell.ljust(widths[column]) if column in left else cell.rjust(widths[column])
+
+    lines = ["  ".join(pad(i, cell) for i, cell in enumerate(row)) for row in rows]
+    return [f"  {line}".rstrip() for line in lines]
+
+
+def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write a table as lines of Markdown. A bar, as in p(x|z), would end a cell: it is escaped."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in escaped),
+    ]
+
+
+def to_html(table: Table, best: Sequence[Collection[int]]) -> list[str]:
+    """Write a table as HTML; `best` has the value columns, from 0, to be marked in each row."""
+    values = range(1, len(table.head) - 3)
+    head = [
+        f"<th{' class=n' if i in values else ''}>{escape(cell)}</th>"
+        for i, cell in enumerate(table.head)
+    ]
+    lines = [f'<h2>{escape(table.title)}</h2><div class="wide"><table><tr>', *head]
+    for row, marked in zip(table.rows, best, strict=True):
+        lines.append("</tr><tr>")
+        for i, cell in enumerate(row):
+            style = "about" if i > values[-1] else "n" if i in values else ""
+            style += " best" if i in values and i - 1 in marked else ""
+            lines.append(f'<td class="{style}">{escape(cell)}</td>')
+    return [*lines, "</tr></table></div>"]
+
+
+def notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """Say what the metrics of an evaluation are of, and which are left out and why."""
+    lines = [
+        f"{evaluation['images']:,} {evaluation['split']} images of {evaluation['size']} pixels, "
+        f"step {evaluation['step']:,}. It took {format_duration(evaluation['seconds'])} and "
+        f"{format_bytes(evaluation['peak_memory_bytes'])} on {evaluation['device']}."
+    ]
+    if features := evaluation["features"]:
+        lines.append(f"Faces are compared by {features['name']} ({features['weights']}).")
+    if evaluation["compared_faces"]:
+        lines.append(
+            "± is a standard error over images, and for sets of faces the standard deviation over "
+            f"groups of {evaluation['compared_faces']:,} faces. A perfect generator would have the "
+            "metrics of train."
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in evaluation["left_out"].items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"Left out: {', '.join(names)}: {why}." for why, names in reasons.items()]
+
+
+# Files in the run's folder ------------------------------------------------------------------------
+
+
+def write(folder: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation into its run's folder."""
+    draw(folder / FOLDER, evaluation.pictures)
+    write_json(folder / "evaluation.json", evaluation.json)
+    write_text(
+        folder / "evaluation.md", "\n".join(evaluation_markdown(folder, evaluation.json)) + "\n"
+    )
+
+
+def draw(folder: Path, arrays: Pictures) -> None:
+    """Write the pictures as PNG files into a folder."""
+    columns = len(arrays.worst_and_best[0]) // 2
+    worst_and_best = pictures.stack_rows(arrays.worst_and_best, columns=columns)
+    pictures.save_png(folder / "worst_and_best.png", worst_and_best)
+    pictures.save_png(folder / "reconstructions.png", pictures.stack_rows(arrays.reconstructions))
+    for prior, faces in arrays.samples.items():
+        grid = pictures.grid(faces, columns=FACES_IN_ROW)
+        pictures.save_png(folder / f"samples_{prior}.png", grid)
+    if arrays.nearest is not None:
+        pictures.save_png(folder / "nearest.png", pictures.stack_rows(arrays.nearest))
+    if arrays.rate_per_dimension is not None:
+        plots.rates(arrays.rate_per_dimension, folder / "rates.png")
+
+
+def evaluation_markdown(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
+    """Return the lines of evaluation.md: tables, notes, and the pictures that the folder has."""
+    lines = [f"# Evaluation of {evaluation['run']} on held-out images", ""]
+    for title, head, rows in tables([evaluation]):
+        lines += [f"## {title}", "", *to_markdown(head, rows), ""]
+    for note in notes(evaluation):
+        lines += [note, ""]
+    for name, caption in CAPTIONS.items():
+        if (folder / FOLDER / name).exists():
+            lines += [f"![{caption}]({FOLDER}/{name})", "", f"*{caption}*", ""]
+    return lines

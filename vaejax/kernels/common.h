@@ -1,0 +1,176 @@
+// What all kernels share: SIMD vectors, threads, scratch memory and matrix products.
+//
+// Work is divided into items of a fixed size, whose results do not depend on the thread that
+// computes them: the result has the same bits with any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+// kLanes: floats in a SIMD register. kRows and kTransposedRows: rows that a matrix product holds in
+// registers, for a left factor in memory order and for a transposed one.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kRows = 12, kTransposedRows = 8;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8, kRows = 6, kTransposedRows = 4;
+#else
+constexpr int64_t kLanes = 4, kRows = 8, kTransposedRows = 4;
+#endif
+constexpr int64_t kPanel = 2 * kLanes;  // columns that a matrix product holds in registers
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+// The first `count` floats of a vector, the others zero.
+static inline Vector load(const float* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  Vector value = {};
+  std::memcpy(&value, from, 4 * count);
+  return value;
+}
+static inline void store(float* to, Vector value, int64_t count) {
+  if (count >= kLanes) return store(to, value);
+  std::memcpy(to, &value, 4 * count);
+}
+// A stride for rows of n floats. Strides of a multiple of the page size would map all rows to the
+// same few sets of the cache.
+static inline int64_t padded_stride(int64_t n) { return n + 3 * kLanes; }
+static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
+// Call body(item, worker) for every item; workers are numbered from 0. The calling thread is one of
+// them, and waits only for items that another thread has begun: all threads of XLA's pool may call
+// this at once, and then none is free to help.
+static void parallel(ffi::ThreadPool& pool, int64_t items,
+                     const std::function<void(int64_t, int64_t)>& body) {
+  struct Job {
+    std::atomic<int64_t> next{0}, done{0}, workers{0};
+  };
+  auto job = std::make_shared<Job>();
+  auto work = [job, items, &body]() {
+    int64_t item = job->next++;
+    if (item >= items) return;  // the caller may have returned, and `body` with it
+    int64_t worker = job->workers++;
+    for (; item < items; item = job->next++) {
+      body(item, worker);
+      job->done++;
+    }
+  };
+  for (int64_t i = 1; i < std::min(items, workers(pool)); i++)
+    pool.Schedule(std::function<void()>(work));
+  work();
+  while (job->done < items) std::this_thread::yield();
+}
+
+// Scratch memory, kept from call to call: page faults of new memory would take as long as the work.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    const size_t bytes = ceil_to(4 * floats, kPage);
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      auto& free = unused();
+      auto fits = [bytes](const Memory& memory) { return memory.size >= bytes; };
+      const auto first = std::find_if(free.begin(), free.end(), fits);
+      if (first != free.end()) {
+        memory_ = *first;
+        free.erase(first);
+        return;
+      }
+      if (!free.empty()) {  // replace one by a larger one, so that their number does not grow
+        std::free(free.back().data);
+        free.pop_back();
+      }
+    }
+    memory_ = {static_cast<float*>(std::aligned_alloc(kPage, bytes)), bytes};
+#if defined(__linux__)
+    if (memory_.data) madvise(memory_.data, bytes, MADV_HUGEPAGE);
+#endif
+  }
+  ~Scratch() {
+    std::lock_guard<std::mutex> lock(mutex());
+    if (memory_.data) unused().push_back(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  float* take(int64_t floats) {  // null if no memory could be allocated
+    float* data = memory_.data ? memory_.data + taken_ : nullptr;
+    taken_ += floats;
+    return data;
+  }
+
+ private:
+  struct Memory {
+    float* data;
+    size_t size;
+  };
+  static constexpr int64_t kPage = 2 << 20;  // bytes of a huge page
+  // never destroyed: threads may still use them while the process ends
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static std::vector<Memory>& unused() {
+    static auto* memories = new std::vector<Memory>;
+    return *memories;
+  }
+  Memory memory_ = {nullptr, 0};
+  int64_t taken_ = 0;
+};
+
+// Matrix products ---------------------------------------------------------------------------------
+
+// c = a b, or c += a b if `add`, for a [kHeight, depth] and b [depth, kPanel], one row of registers
+// for each row of c. `row` and `column` are the strides of a, which may be a transposed matrix; ldb
+// and ldc are those of the rows of b and c. The right half of a row of b lies `right` floats behind
+// the left one.
+template <int kHeight>
+static inline void multiply_block(int64_t depth, const float* a, int64_t row, int64_t column,
+                                  const float* b, int64_t ldb, int64_t right, float* c,
+                                  int64_t ldc, bool add) {
+  Vector sum[kHeight][2];
+  for (int i = 0; i < kHeight; i++) {
+    sum[i][0] = add ? load(c + i * ldc) : Vector{};
+    sum[i][1] = add ? load(c + i * ldc + kLanes) : Vector{};
+  }
+  for (int64_t k = 0; k < depth; k++, a += column, b += ldb) {
+    const Vector left_half = load(b), right_half = load(b + right);
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeight; i++) {
+      const float factor = a[i * row];
+      sum[i][0] += factor * left_half;
+      sum[i][1] += factor * right_half;
+    }
+  }
+  for (int i = 0; i < kHeight; i++) {
+    store(c + i * ldc, sum[i][0]);
+    store(c + i * ldc + kLanes, sum[i][1]);
+  }
+}
+
+// The same for any number of rows: blocks of kHeight rows, then one lower block.
+template <int kHeight = kRows>
+static void multiply(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column,
+                     const float* b, int64_t ldb, int64_t right, float* c, int64_t ldc, bool add) {
+  for (; rows >= kHeight; rows -= kHeight, a += kHeight * row, c += kHeight * ldc)
+    multiply_block<kHeight>(depth, a, row, column, b, ldb, right, c, ldc, add);
+  if constexpr (kHeight > 1)
+    if (rows) multiply<kHeight - 1>(rows, depth, a, row, column, b, ldb, right, c, ldc, add);
+}

@@ -1,0 +1,317 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, its status, one live line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+from vaejax.data.batches import Images
+from vaejax.files import atomic
+from vaejax.metrics import read_lines, shown_in
+from vaejax.models import autoencoder
+from vaejax.priors import Prior
+from vaejax.system import format_bytes, format_duration, process_memory
+from vaejax.training import run, visualize
+from vaejax.training.config import RunSpec
+from vaejax.training.devices import device_memory_in_use
+from vaejax.training.guards import DiskGuard
+from vaejax.training.step import TrainState
+from vaejax.training.visualize import Visualizer
+
+# protobuf makes these while it runs
+Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+Session: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Logger:
+    """Writes metrics, pictures, status, README and the live line of a run, each when it is due.
+
+    Of several processes one has it. A full disk ends none of it but the checkpoint, which needs the
+    metrics on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: RunSpec,
+        held_out: Images,
+        *,
+        devices: str,
+        disk: DiskGuard,
+        done: int,
+    ):
+        self._folder, self._spec, self._disk = folder, spec, disk
+        # kept here too: a file that is damaged meanwhile is written anew, and is no reason to end
+        self._status = run.initial_status(spec, devices=devices, before=run.last_status(folder))
+        self._write_status()
+        self._model = autoencoder.from_json(spec.model)
+        self._visualizer = Visualizer(folder, self._model, held_out)
+        schedule = spec.schedule
+        self._progress = Progress(
+            updates=schedule.updates, epochs=schedule.epochs, batch_size=spec.batch_size, done=done
+        )
+        if done and not (folder / "metrics.jsonl").exists():
+            print(f"warning: metrics.jsonl is gone: no metrics of the first {done:,} updates")
+        # of a run that is extended in the middle of an epoch, that one is validated at its end only
+        validated = done % schedule.updates_per_epoch == 0 or done == schedule.updates
+        self._metrics = MetricsWriter(folder, step=done, validated=validated)
+        disk.say = self._progress.say
+        visualize.write_readme(folder, spec, self._status)
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+
+    def epoch_begins(self, state: TrainState, epoch: int) -> None:
+        """Draw the pictures before an epoch."""
+        with self._disk.attempt("a picture"):
+            self._visualizer.draw_epoch_begin(state, epoch)
+
+    def train_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Write the metrics of update `step`, which counts from 0; non-finite ones are left out."""
+        speed = {"images_per_second": self._progress.images_per_second(step + 1)}
+        line = {**metrics, **speed}
+        finite = {name: value for name, value in line.items() if np.isfinite(value)}
+        with self._disk.attempt("a line of metrics"):
+            self._metrics.write(step=step, epoch=epoch, split="train", metrics=finite)
+        self._progress.show(step + 1, epoch, line, device_memory=device_memory_in_use())
+
+    def epoch_ends(
+        self, state: TrainState, metrics: Mapping[str, float], *, step: int, epoch: int
+    ) -> None:
+        """Write the metrics of the held-out images after `step` updates, and draw the pictures."""
+        with self._disk.attempt("a picture"):
+            self._visualizer.draw_epoch_end(state, epoch)
+        with self._disk.attempt("a line of metrics"):
+            self._metrics.write(step=step, epoch=epoch, split="validation", metrics=metrics)
+        self._progress.say(visualize.epoch_line(epoch, self._spec.schedule.epochs, metrics))
+        self._write_readme()
+
+    def before_checkpoint(self) -> None:
+        """Put all metrics onto the disk. Raises OSError if it does not take them."""
+        self._metrics.sync()
+
+    def after_checkpoint(self, step: int) -> None:
+        """Record the checkpoint, and plot the curves."""
+        with self._disk.attempt("the run's status"):
+            self._write_status(saved=step)
+        with self._disk.attempt("the curves"):
+            self._visualizer.draw_curves()
+
+    def stopped(self, step: int, *, saved: bool) -> None:
+        """Record that the run stopped after `step` updates."""
+        self._end("stopped")
+        if saved:
+            text = f"stopped after update {step:,}, saved: the same command resumes there"
+            self._progress.say(text)
+
+    def diverged(self) -> None:
+        """Record that the run diverged."""
+        self._end("diverged")
+
+    def finished(self, state: TrainState, prior: Prior | None) -> None:
+        """Draw the pictures of the end, the new faces from the learned prior where there is one.
+
+        What could not be written is tried again by the same command: the run counts as stopped
+        until then.
+        """
+        with self._disk.attempt("a picture of the end"):
+            self._visualizer.draw_curves()
+            self._visualizer.draw_faces(state, prior)
+            self._visualizer.draw_film()
+        if self._disk.failing:
+            self._end("stopped")
+            return
+        self._end("finished")
+        self._progress.say(visualize.what_next(self._folder, self._model))
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        """Run a block that writes something else; a full disk does not end the run."""
+        return self._disk.attempt(what)
+
+    def _end(self, status: str) -> None:
+        with self._disk.attempt("the run's status"):
+            self._write_status(status=status)
+        self._write_readme()
+
+    def _write_readme(self) -> None:
+        with self._disk.attempt("the run's README"):
+            visualize.write_readme(self._folder, self._spec, self._status)
+
+    def _write_status(self, **changes: Any) -> None:
+        run.write_spec(self._folder, self._spec)
+        self._status = run.write_status(self._folder, self._status, **changes)
+
+
+class MetricsWriter:
+    """`metrics.jsonl`, one object a line, and the same metrics for TensorBoard.
+
+    A run that resumes from a checkpoint at `step` writes again what came after it: those lines are
+    removed first, so that every step is there once; and with them the validation of `step` itself,
+    unless that is an update which is `validated`.
+
+    Raises OSError if the disk does not take a line. None is lost: the next call tries again.
+    """
+
+    def __init__(self, folder: Path, *, step: int, validated: bool = True):
+        self.path = folder / "metrics.jsonl"
+        kept = self._drop_after(step, validated)
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = bytearray()
+        self._board = _Board(folder / "tensorboard", step=step)
+        for line in kept:  # TensorBoard drops all of `step`, that of validation as well
+            self._board.add(line)
+
+    def _drop_after(self, step: int, validated: bool) -> list[dict]:
+        """Remove the lines after `step`; return those of `step` itself, which stay."""
+        if not self.path.exists():
+            return []
+        kept = []
+        with atomic(self.path) as partial, partial.open("w", encoding="utf-8") as new:
+            for line, entry in read_lines(self.path):
+                # a train line is of the state before update `step` + 1, a validation line of `step`
+                if entry["step"] < step + (validated and entry["split"] == "validation"):
+                    new.write(line)
+                    if entry["step"] == step:
+                        kept.append(entry)
+        return kept
+
+    def write(self, *, step: int, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        line = {"step": step, "epoch": epoch, "split": split, **metrics}
+        self._unwritten += f"{json.dumps(line)}\n".encode()
+        try:
+            self._flush()
+        finally:
+            self._board.add(line)
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
+
+    def sync(self) -> None:
+        """Put all lines onto the disk: a checkpoint must not be ahead of them."""
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        self._board.close()
+
+
+class _Board:
+    """Metrics for TensorBoard, without tensorboardX' own thread.
+
+    That thread dies of a full disk, and the next write would wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, *, step: int):
+        self._folder, self._step = folder, step
+        self._unwritten: list[Mapping[str, Any]] = []  # what may not be on the disk yet
+        self._events: EventsWriter | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self._unwritten.append(line)
+        if self._events is None:
+            self.flush()
+        else:
+            with self._new_file_on_error():
+                self._write(self._events, line)
+
+    def flush(self) -> None:
+        """Write everything; after a failure into a new file, since the old one's end is unknown."""
+        with self._new_file_on_error():
+            if self._events is None:
+                self._events = self._open()
+                for line in self._unwritten:
+                    self._write(self._events, line)
+            self._events.flush()
+        self._unwritten.clear()
+
+    @contextmanager
+    def _new_file_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._events = None
+            raise
+
+    def close(self) -> None:
+        if self._events is not None:
+            with suppress(OSError):
+                self._events.close()
+
+    def _open(self) -> EventsWriter:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
+        start = Session(status=Session.START)  # TensorBoard drops what came after this step
+        events.write_event(Event(wall_time=time.time(), step=self._step, session_log=start))
+        return events
+
+    def _write(self, events: EventsWriter, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in ("step", "epoch", "split"):
+                scalar = summary.scalar(f"{name}/{line['split']}", value)
+                events.write_event(Event(wall_time=time.time(), step=line["step"], summary=scalar))
+
+
+class Progress:
+    """One line that is overwritten; a plain line every 30 s where there is no terminal."""
+
+    def __init__(self, *, updates: int, epochs: int, batch_size: int, done: int = 0):
+        self._updates, self._epochs, self._batch_size = updates, epochs, batch_size
+        self._live = sys.stderr.isatty()
+        self._start = self._last = (time.monotonic(), done)
+        self._shown = -float("inf")
+
+    def images_per_second(self, done: int) -> float:
+        """Return the speed since the last call, everything in between included."""
+        (then, before), self._last = self._last, (time.monotonic(), done)
+        return (done - before) * self._batch_size / (self._last[0] - then)
+
+    def show(
+        self, done: int, epoch: int, metrics: Mapping[str, float], *, device_memory: int | None
+    ) -> None:
+        """Show the line after `done` updates; `device_memory` is in bytes, if the device knows."""
+        now = time.monotonic()
+        if now - self._shown < (0.1 if self._live else 30):
+            return
+        self._shown = now
+        start, first = self._start
+        left = (now - start) / (done - first) * (self._updates - done)
+        parts = [
+            f"epoch {epoch}/{self._epochs}",
+            f"step {done:,}/{self._updates:,}",
+            *(f"{n} {metrics[n]:.5f}" for n in shown_in("progress") if n in metrics),
+            f"{metrics['images_per_second']:,.0f} images/s",
+            f"{format_duration(left)} left",
+            f"RAM {format_bytes(process_memory())}",
+        ]
+        if device_memory is not None:
+            parts.append(f"device {format_bytes(device_memory)}")
+        line = "  ".join(parts)
+        if self._live:
+            width = 80
+            with suppress(OSError):  # the terminal is gone
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: not known
+            line = "\r" + line[: width - 1].ljust(width - 1)
+        print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(text, flush=True)
