@@ -170,8 +170,8 @@ def compile_eval_step(trainer: Trainer, frozen: PyTree, *, devices: Devices) -> 
     """Compile the evaluation of a batch; a program for each batch size.
 
     The result is called with (state, this process' rows of the batch, key, index of the batch's
-    first image, variance or None, number of images). The noise of an image comes from its index
-    among all of them. A batch that does not divide over the devices is computed by each of them.
+    first image, the likelihood's variance, number of images). The noise of an image comes from its
+    index among all of them. A batch that does not divide over the devices is computed by each.
     """
 
     def step(state, frozen, images, key, first, variance) -> Metrics:
@@ -183,9 +183,9 @@ def compile_eval_step(trainer: Trainer, frozen: PyTree, *, devices: Devices) -> 
     jitted = jax.jit(step, out_shardings=everywhere, compiler_options=compiler_options())
     frozen = jax.device_put(frozen, everywhere)
 
-    def run(state, images, key, first: int, variance: float | None, *, batch: int) -> Metrics:
-        fixed = None if variance is None else np.float32(variance)
-        return jitted(state, frozen, put(devices, images, batch), key, np.int32(first), fixed)
+    def run(state, images, key, first: int, variance: float, *, batch: int) -> Metrics:
+        numbers = np.int32(first), np.float32(variance)
+        return jitted(state, frozen, put(devices, images, batch), key, *numbers)
 
     return run
 

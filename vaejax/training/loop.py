@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from vaejax.data.batches import Images
-from vaejax.losses import Metrics
+from vaejax.losses import MIN_VARIANCE, Metrics
 from vaejax.system import format_bytes
 from vaejax.training import checkpoint
 from vaejax.training.compiled import EvalStep, state_bytes
@@ -206,11 +206,12 @@ def validate(
     """Compute the metrics of all held-out images: means over the images, with the same noise each
     time, independent of the batch size.
 
-    A first pass finds the mse, a second one uses it as the variance of the likelihood.
+    A first pass finds the mse, which no variance changes; a second one uses it as the variance of
+    the likelihood.
     """
     began = time.monotonic()
 
-    def pass_over_images(variance: float | None) -> dict[str, float]:
+    def pass_over_images(variance: float) -> dict[str, float]:
         sums: dict[str, float] = {}
         for first in range(0, len(held_out), batch_size):
             indices = np.arange(first, min(first + batch_size, len(held_out)))
@@ -220,6 +221,6 @@ def validate(
                 sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
         return {name: value / len(held_out) for name, value in sums.items()}
 
-    variance = max(pass_over_images(None)["mse"], 1e-12)
+    variance = max(pass_over_images(1.0)["mse"], MIN_VARIANCE)
     metrics = pass_over_images(variance)
     return metrics | {"images_per_second": 2 * len(held_out) / (time.monotonic() - began)}
