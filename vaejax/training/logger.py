@@ -64,6 +64,7 @@ class Logger:
         # of a run that is extended in the middle of an epoch, that one is validated at its end only
         validated = done % schedule.updates_per_epoch == 0 or done == schedule.updates
         self._metrics = MetricsWriter(folder, step=done, validated=validated)
+        self._lines, self._lines_plotted = 0, -1  # of metrics, that this process has written
         disk.say = self._progress.say
         visualize.write_readme(folder, spec, self._status)
 
@@ -85,6 +86,7 @@ class Logger:
         finite = {name: value for name, value in line.items() if np.isfinite(value)}
         with self._disk.attempt("a line of metrics"):
             self._metrics.write(step=step, epoch=epoch, split="train", metrics=finite)
+        self._lines += 1
         self._progress.show(step + 1, epoch, line, device_memory=device_memory_in_use())
 
     def epoch_ends(
@@ -95,6 +97,7 @@ class Logger:
             self._visualizer.draw_epoch_end(state, epoch)
         with self._disk.attempt("a line of metrics"):
             self._metrics.write(step=step, epoch=epoch, split="validation", metrics=metrics)
+        self._lines += 1
         self._progress.say(visualize.epoch_line(epoch, self._spec.schedule.epochs, metrics))
         self._write_readme()
 
@@ -107,7 +110,7 @@ class Logger:
         with self._disk.attempt("the run's status"):
             self._write_status(saved=step)
         with self._disk.attempt("the curves"):
-            self._visualizer.draw_curves()
+            self._draw_curves()
 
     def stopped(self, step: int, *, saved: bool) -> None:
         """Record that the run stopped after `step` updates."""
@@ -127,7 +130,7 @@ class Logger:
         until then.
         """
         with self._disk.attempt("a picture of the end"):
-            self._visualizer.draw_curves()
+            self._draw_curves()
             self._visualizer.draw_faces(state, prior)
             self._visualizer.draw_film()
         if self._disk.failing:
@@ -139,6 +142,12 @@ class Logger:
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Run a block that writes something else; a full disk does not end the run."""
         return self._disk.attempt(what)
+
+    def _draw_curves(self) -> None:
+        """Plot the curves, unless nothing was written since they were plotted."""
+        if self._lines != self._lines_plotted:
+            self._visualizer.draw_curves()
+            self._lines_plotted = self._lines
 
     def _end(self, status: str) -> None:
         with self._disk.attempt("the run's status"):
