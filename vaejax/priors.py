@@ -43,7 +43,9 @@ class Prior(Protocol):
     """A distribution over z."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called on the command line."""
+        ...
 
     def sample(self, seeds: Iterable[int]) -> PyTree:
         """Return a z for each seed, `[b ...]`."""
