@@ -14,6 +14,7 @@ from typing import Literal
 
 from vaejax import cli, losses
 from vaejax.models.layers import Norm
+from vaejax.models.residual import ResidualVAE
 from vaejax.models.vae import VAE
 from vaejax.training import devices
 from vaejax.training.config import Config, Recipe, resolve
@@ -30,18 +31,19 @@ class Flags(Config):
 
 
 REPORT = Recipe("report", VAE(), partial(losses.mse_kl, kl_weight=0.01), epochs=150)
-# Faces in minutes: a seventh of the multiplications, a learning rate that needs real batch norm
-# (though not on the output, whose scale would have to shrink first) and a bounded log-variance,
-# small batches for more updates, and a fifth of the weight on the kl: less blur.
+# Faces in minutes: docs/faces.md has what each part of it brings.
 QUICK = Recipe(
     "quick",
-    VAE(latent_dim=64, width=12, norm="batch", output_norm=False, log_variance_bound=6.0),
-    partial(losses.mse_kl, kl_weight=0.002),
-    epochs=18,
+    ResidualVAE(),
+    partial(losses.sigma_vae_sharp),
+    epochs=22,
     batch_size=16,
     learning_rate=2e-3,
-    optimizer=partial(adam, b1=0.9),
+    warmup_steps=100,
     cosine_decay=True,
+    optimizer=partial(adam, b1=0.9, b2=0.99, clip_norm=1.0),
+    ema_decay=0.999,
+    prior="flow",
 )
 
 

@@ -36,7 +36,7 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "prepare, sample, denoise, reconstruct"),
+        ([], "prepare, sample, fit-prior, denoise, reconstruct"),
         (["smple"], "smple"),
         (["sample"], "run's folder"),
         (["sample", "latest"], "there is no run"),

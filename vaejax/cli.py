@@ -187,6 +187,7 @@ def main() -> None:
     kinds = (
         Annotated[commands.Prepare, tyro.conf.subcommand("prepare")]
         | Annotated[commands.Sample, tyro.conf.subcommand("sample")]
+        | Annotated[commands.FitPrior, tyro.conf.subcommand("fit-prior")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
         | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
@@ -198,6 +199,7 @@ def main() -> None:
     run = {
         commands.Prepare: commands.prepare,
         commands.Sample: commands.sample,
+        commands.FitPrior: commands.fit_prior,
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
         commands.Evaluate: commands.evaluate,

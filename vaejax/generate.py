@@ -41,9 +41,17 @@ def corrupt(
 
 
 def posterior_means(
-    params: PyTree, batch_stats: PyTree, images: Images, *, model: Autoencoder, most: int
+    params: PyTree,
+    batch_stats: PyTree,
+    images: Images,
+    *,
+    model: Autoencoder,
+    most: int,
+    mirrored: bool = False,
 ) -> Float[np.ndarray, "n d"]:
     """Return the posterior means, or codes, of the first `most` images, as vectors.
+
+    With `mirrored` they are those of the images mirrored left to right.
 
     Prepared sets are in the order of hashes, so that the first images are a random sample.
     """
@@ -52,7 +60,8 @@ def posterior_means(
     for first in range(0, count, BATCH):
         # the last batch is filled up with its last image, so that one shape is compiled
         indices = np.minimum(np.arange(first, first + BATCH), count - 1)
-        z = _means(params, batch_stats, images.read(indices), model=model)
+        faces = images.read(indices)[:, :, :: -1 if mirrored else 1]
+        z = _means(params, batch_stats, faces, model=model)
         parts.append(np.asarray(z)[: count - first])
     return np.concatenate(parts)
 

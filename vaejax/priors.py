@@ -1,13 +1,13 @@
-"""Distributions over z to draw new faces from: N(0, I), and a Gaussian mixture fitted to a run.
+"""Distributions over z to draw new faces from: N(0, I), or a mixture or a flow fitted to a run.
 
 A prior is an object with a `name`, `sample(seeds) -> z` and `log_prob(z) -> [b]`, in nats. A seed
 determines a face, whatever other seeds are drawn with it. z is a pytree of arrays `[b ...]`, as the
-model's decoder takes it.
+model's decoder takes it. A temperature below 1 draws nearer to the average face.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -24,17 +24,20 @@ from scipy.linalg import cholesky
 from scipy.linalg import solve_triangular as solve_triangular_numpy
 from scipy.special import logsumexp as logsumexp_numpy
 
+from vaejax import flow
 from vaejax.errors import UserError
 from vaejax.files import atomic
 from vaejax.models.autoencoder import Autoencoder, latent_spec
 
-PriorName = Literal["normal", "mixture"]
+PriorName = Literal["normal", "mixture", "flow"]
 FORMAT = "vaejax mixture 1"
 FOLDER = "priors"  # in the run's folder
 
-COMPONENTS = 10  # of a mixture, at most
+CANDIDATES = 1, 2, 5, 10, 20, 50  # numbers of a mixture's components to choose from
 IMAGES_PER_COMPONENT = 50  # at least
 MAX_LATENTS = 2048  # of a mixture: its covariances have their square
+SAMPLER_STEPS = 40  # of a flow, two evaluations of its network each
+FLOW_BATCH = 100  # faces that a flow draws at a time
 MAX_ITERATIONS, MIN_GAIN = 100, 1e-4  # of EM; the gain is in nats per image
 
 
@@ -47,7 +50,7 @@ class Prior(Protocol):
         """What it is called on the command line."""
         ...
 
-    def sample(self, seeds: Iterable[int]) -> PyTree:
+    def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
         """Return a z for each seed, `[b ...]`."""
         ...
 
@@ -70,14 +73,14 @@ class StandardNormal:
     def __init__(self, model: Autoencoder):
         self._leaves, self._tree = jax.tree.flatten(latent_spec(model))
 
-    def sample(self, seeds: Iterable[int]) -> PyTree:
+    def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
         """Return a z for each seed, `[b ...]`."""
         keys = jax.vmap(lambda key: jax.random.split(key, len(self._leaves)))(seed_keys(seeds))
         drawn = [
             jax.vmap(partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype))(keys[:, i])
             for i, leaf in enumerate(self._leaves)
         ]
-        return self._tree.unflatten(drawn)
+        return self._tree.unflatten([temperature * leaf for leaf in drawn])
 
     def log_prob(self, z: PyTree) -> Float[Array, " b"]:
         """Return log N(z; 0, I), nats."""
@@ -94,6 +97,64 @@ def flatten_latents(z: PyTree) -> Float[Array, "b d"]:
     """Lay the latents of each image side by side as one vector."""
     leaves = jax.tree.leaves(z)
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def unraveler(model: Autoencoder) -> Callable[[Float[Array, " d"]], PyTree]:
+    """Return the function that brings one image's latents from a vector to their shapes."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), latent_spec(model))
+    return ravel_pytree(zeros)[1]
+
+
+def latent_dimensions(model: Autoencoder) -> int:
+    """Return the number of latent dimensions of an image."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(latent_spec(model)))
+
+
+# The flow -----------------------------------------------------------------------------------------
+
+
+class FlowPrior:
+    """A flow that was trained on a run's posterior means; a face is drawn in `steps` of Heun's."""
+
+    name = "flow"
+
+    def __init__(
+        self,
+        network: Any,
+        params: PyTree,
+        stats: PyTree,
+        model: Autoencoder,
+        *,
+        steps: int = SAMPLER_STEPS,
+        condition: Sequence[int] = (),
+    ):
+        self.network, self.params, self.stats, self.steps = network, params, stats, steps
+        self._labels = jnp.asarray(condition or [0] * len(network.labels), jnp.int32)[None]
+        self._unravel = unraveler(model)
+
+    def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
+        """Return a z for each seed, `[b ...]`; the temperature scales the noise."""
+        keys = seed_keys(seeds)
+        normal = partial(jax.random.normal, shape=(self.network.latents,))
+        noise = temperature * jax.vmap(normal)(keys)
+        z = self._in_batches(flow.sample, noise)
+        return jax.vmap(self._unravel)(z)
+
+    def log_prob(self, z: PyTree) -> Float[Array, " b"]:
+        """Return log p(z), nats."""
+        return self._in_batches(flow.log_prob, flatten_latents(z))
+
+    def _in_batches(self, function: Callable[..., Array], vectors: Float[Array, "b d"]) -> Array:
+        """Call a function on batches of one size, so that it is compiled once, and no face depends
+        on how many there are."""
+        count = len(vectors)
+        padded = jnp.pad(vectors, ((0, -count % FLOW_BATCH), (0, 0)))
+        labels = jnp.broadcast_to(self._labels, (FLOW_BATCH, self._labels.shape[1]))
+        parts = [
+            function(self.params, self.stats, part, labels, flow=self.network, steps=self.steps)
+            for part in jnp.split(padded, len(padded) // FLOW_BATCH)
+        ]
+        return jnp.concatenate(parts)[:count]
 
 
 # The mixture --------------------------------------------------------------------------------------
@@ -114,12 +175,14 @@ class GaussianMixture:
 
     def __init__(self, mixture: Mixture, model: Autoencoder):
         self.mixture = Mixture(*(jnp.asarray(a, jnp.float32) for a in mixture))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), latent_spec(model))
-        self._unravel = ravel_pytree(zeros)[1]
+        self._unravel = unraveler(model)
 
-    def sample(self, seeds: Iterable[int]) -> PyTree:
-        """Return a z for each seed, `[b ...]`."""
-        return jax.vmap(self._unravel)(_sample_mixture(self.mixture, seed_keys(seeds)))
+    def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
+        """Return a z for each seed, `[b ...]`; the temperature scales every component."""
+        keys = seed_keys(seeds)
+        return jax.vmap(self._unravel)(
+            _sample_mixture(self.mixture, keys, jnp.float32(temperature))
+        )
 
     def log_prob(self, z: PyTree) -> Float[Array, " b"]:
         """Return log p(z), nats."""
@@ -127,13 +190,15 @@ class GaussianMixture:
 
 
 @jax.jit
-def _sample_mixture(mixture: Mixture, keys: Key[Array, " b"]) -> Float[Array, "b d"]:
+def _sample_mixture(
+    mixture: Mixture, keys: Key[Array, " b"], temperature: Float[Array, ""]
+) -> Float[Array, "b d"]:
     components, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     index = jax.vmap(lambda key: jax.random.categorical(key, mixture.log_weights))(components)
     normal = jax.vmap(lambda key: jax.random.normal(key, mixture.means.shape[1:]))(noise)
     # One after the other: the last bits of a matrix product depend on the number of its rows.
     offsets = jax.lax.map(lambda seed: mixture.choleskys[seed[0]] @ seed[1], (index, normal))
-    return mixture.means[index] + offsets
+    return mixture.means[index] + temperature * offsets
 
 
 @jax.jit
@@ -149,7 +214,7 @@ def _mixture_log_prob(mixture: Mixture, z: Float[Array, "b d"]) -> Float[Array, 
 
 def require_mixture_fits(model: Autoencoder) -> None:
     """Raise UserError for a model with too many latent dimensions for a mixture."""
-    _require_few(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(latent_spec(model))))
+    _require_few(latent_dimensions(model))
 
 
 def _require_few(latents: int) -> None:
@@ -160,9 +225,31 @@ def _require_few(latents: int) -> None:
         )
 
 
-def fit_mixture(
-    means: Float[np.ndarray, "n d"], *, components: int = COMPONENTS, seed: int = 0
+def choose_mixture(
+    means: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], *, seed: int = 0
 ) -> Mixture:
+    """Fit mixtures of 1, 2, 5, 10, ... components, and return the one that held-out images favour.
+
+    The search ends at the first number under which the posterior means of the held-out images are
+    no more probable than under the one before. Raises UserError as `fit_mixture` does.
+    """
+    x = held_out.astype(np.float64)
+    best, highest = None, -np.inf
+    for components in CANDIDATES:
+        if best is not None and components > len(means) // IMAGES_PER_COMPONENT:
+            break
+        mixture = fit_mixture(means, components=components, seed=seed)
+        log_weights, centers, factors = (np.asarray(a, np.float64) for a in mixture)
+        logs = log_weights + _log_densities(x, centers, factors)
+        score = np.mean(logsumexp_numpy(logs, axis=1))
+        if best is not None and not score > highest:
+            break
+        best, highest = mixture, score
+    assert best is not None
+    return best
+
+
+def fit_mixture(means: Float[np.ndarray, "n d"], *, components: int, seed: int = 0) -> Mixture:
     """Fit a Gaussian mixture to the posterior means of training images, by EM in float64.
 
     Dempster, Laird and Rubin (1977), from a k-means start. There are fewer `components` where they

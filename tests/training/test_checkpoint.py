@@ -372,7 +372,8 @@ def test_a_file_that_somebody_edited_is_an_error_errors_as_messages_or_does_no_h
     chance = random.Random(name)
     spec, path = run.read_spec(folder), folder / name
     content = path.read_bytes()
-    monkeypatch.setattr(checkpoint, "_restore_weights", lambda place, model, ema: ({}, {}))
+    weights = checkpoint.Weights({}, {}, 0, "")
+    monkeypatch.setattr(checkpoint, "restore_weights", lambda saved, like, ema: weights)
 
     def write_page() -> None:
         visualize.write_readme(folder, run.read_spec(folder), run.read_status(folder))

@@ -90,7 +90,7 @@ def test_it_is_sampled_with_its_moving_average_from_both_priors(trained):
     assert loaded.model == model
     latents = sum(leaf.size for leaf in jax.tree.leaves(latent_spec(model)))
     assert latents == (32 if isinstance(model, LatentImage) else 21)
-    normal, mixture = (prior.load_or_fit(loaded, name) for name in ("normal", "mixture"))
+    normal, mixture = (prior.load(loaded, name) for name in ("normal", "mixture"))
     assert isinstance(normal, StandardNormal)
     for chosen in (normal, mixture):
         z = chosen.sample([3, 4, 5])

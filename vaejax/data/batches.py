@@ -113,26 +113,32 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def stream(
-    images: Images,
-    *,
-    batch_size: int,
-    seed: int,
-    shard: int = 0,
-    shards: int = 1,
-    read: bool = True,
+    images: Images, *, batch_size: int, seed: int, shard: int = 0, shards: int = 1
 ) -> "grain.DatasetIterator":
     """Stream training batches without end: this shard's rows `[batch_size / shards, h, w, c]`.
 
-    With `read=False` the batches are indices `[batch_size / shards]`. Every epoch has an order of
-    its own. The iterator's position is saved by `get_state` and restored by `set_state` (or by
-    Orbax); it counts batches handed out, not those read ahead.
+    Every epoch has an order of its own. The iterator's position is saved by `get_state` and
+    restored by `set_state` (or by Orbax); it counts batches handed out, not those read ahead.
     """
+    batches = _shard(len(images), batch_size, seed, shard, shards).map(images.read)
+    return _read_ahead(batches)
+
+
+def stream_indices(
+    images: int, *, batch_size: int, seed: int, shard: int = 0, shards: int = 1
+) -> "grain.DatasetIterator":
+    """Stream the indices of the batches of `stream`, `[batch_size / shards]`, of so many images."""
+    return _read_ahead(_shard(images, batch_size, seed, shard, shards))
+
+
+def _shard(images: int, batch_size: int, seed: int, shard: int, shards: int) -> "grain.MapDataset":
+    rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
+    return _order(images, batch_size, seed).map(lambda indices: indices[rows])
+
+
+def _read_ahead(batches: "grain.MapDataset") -> "grain.DatasetIterator":
     import grain
 
-    rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
-    batches = _order(len(images), batch_size, seed).map(lambda indices: indices[rows])
-    if read:
-        batches = batches.map(images.read)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(batches.to_iter_dataset(options))
 

@@ -27,8 +27,8 @@ from vaejax.metrics import Estimate
 from vaejax.models import autoencoder
 from vaejax.priors import Prior
 from vaejax.system import versions
+from vaejax.training import prior as run_prior
 from vaejax.training import run
-from vaejax.training.prior import default_name, has_mixture, load_or_fit
 
 FORMAT = "vaejax evaluation 2"
 REPORT_KL_WEIGHT = 0.01  # of the student report's loss
@@ -123,13 +123,22 @@ def load_run(folder: Path, split: str, *, prior: priors.PriorName | None = None)
 
 
 def _priors(loaded: run.LoadedRun, name: priors.PriorName | None) -> dict[str, Prior]:
-    """Return the priors of a run by the names of their sets of samples: N(0, I) of a variational
-    model, and a mixture if it is asked for, or the run has one."""
+    """Return the priors of a run by the names of their sets of samples.
+
+    They are N(0, I) of a variational model; the learned ones that it has; and the one that is asked
+    for, or that its recipe names, last.
+    """
     found: dict[str, Prior] = {}
     if autoencoder.is_variational(loaded.model):
-        found[SAMPLES] = load_or_fit(loaded, "normal")
-    if "mixture" in (name, default_name(loaded)) or has_mixture(loaded):
-        found[f"{SAMPLES} (mixture)"] = load_or_fit(loaded, "mixture")
+        found[SAMPLES] = run_prior.load(loaded, "normal")
+    learned: list[priors.PriorName] = ["mixture", "flow"]
+    fitted = [other for other in learned if run_prior.is_fitted(loaded, other)]
+    last = name or run_prior.default_name(loaded)
+    for other in fitted:
+        if other != last:
+            found[f"{SAMPLES} ({other})"] = run_prior.load(loaded, other)
+    if last != "normal":
+        found[f"{SAMPLES} ({last})"] = run_prior.load(loaded, last)
     return found
 
 

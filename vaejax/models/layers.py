@@ -12,6 +12,7 @@ from vaejax.models.convolution import convolve, convolve_transposed
 
 Norm = Literal["batch", "affine"]
 Activation = Callable[[Array], Array]
+Initializer = nn.initializers.Initializer
 
 glorot = nn.initializers.glorot_uniform()
 leaky_relu = partial(nn.leaky_relu, negative_slope=0.02)
@@ -23,11 +24,12 @@ class Convolution(nn.Module):
     features: int
     stride: int = 1
     kernel_size: int = 5
+    initializer: Initializer = glorot
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", glorot, shape)
+        kernel = self.param("kernel", self.initializer, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return convolve(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, -1)
 
@@ -55,15 +57,16 @@ class TransposedConvolution(nn.Module):
 
 
 class Dense(nn.Module):
-    """A dense layer with a bias: `[b i]` -> `[b features]`."""
+    """A dense layer with a bias, on the last axis: `[b ... i]` -> `[b ... features]`."""
 
     features: int
+    initializer: Initializer = glorot
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
-        kernel = self.param("kernel", glorot, (x.shape[-1], self.features))
+    def __call__(self, x: Float[Array, "b *axes i"]) -> Float[Array, "b *axes o"]:
+        kernel = self.param("kernel", self.initializer, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return x @ kernel + bias.reshape(1, -1)
+        return x @ kernel + bias.reshape(*(1,) * (x.ndim - 1), -1)
 
     def __str__(self) -> str:
         return f"Dense {self.features}"

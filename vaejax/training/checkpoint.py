@@ -14,11 +14,11 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -38,6 +38,8 @@ FOLDER = "checkpoints"
 DAMAGED = "damaged"  # the folder beside the checkpoints that damaged ones are moved to
 FORMAT = "vaejax checkpoint 2"  # another number when old checkpoints can no longer be read
 MANIFEST = "manifest.json"
+
+T = TypeVar("T")
 
 
 class Checkpoint(NamedTuple):
@@ -247,26 +249,9 @@ def load_weights(run: Path, model: Autoencoder, *, ema: bool) -> Weights:
     Raises CheckpointError where there are none yet, or all are damaged, of another model or written
     by another version of vaejax.
     """
-    while True:
-        before = steps(run)
-        try:
-            return _newest_weights(run, model, before, ema=ema)
-        except CheckpointError:
-            if steps(run) == before:
-                raise
-            # otherwise the run is alive, and has just replaced that checkpoint
+    like = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
 
-
-def _newest_weights(run: Path, model: Autoencoder, candidates: list[int], *, ema: bool) -> Weights:
-    wrong = []
-    for step in reversed(candidates):
-        try:
-            checkpoint = _checked(run, step)
-        except Damaged as damage:
-            wrong.append(f"{path(run, step)} is damaged: {damage}")
-            continue
-        if wrong:
-            print(f"warning: {wrong[0]}; taking that of update {step:,}", file=sys.stderr)
+    def load(checkpoint: Checkpoint) -> Weights:
         saved, present = checkpoint.spec.get("model"), autoencoder.to_json(model)
         if saved != present:
             saved = saved if isinstance(saved, dict) else {}
@@ -276,8 +261,37 @@ def _newest_weights(run: Path, model: Autoencoder, candidates: list[int], *, ema
                 f"{checkpoint.path} is of another model than {run / 'config.json'} says: "
                 f"{other[:500]} (saved → in config.json)"
             )
-        params, batch_stats = _restore_weights(checkpoint.path, model, ema=ema)
-        return Weights(params, batch_stats, step, weights_digest(params, batch_stats))
+        return restore_weights(checkpoint, like, ema=ema)
+
+    return with_newest(run, load)
+
+
+def with_newest(run: Path, use: Callable[[Checkpoint], T]) -> T:
+    """Call a function with the newest undamaged checkpoint of a run, which may be alive.
+
+    Nothing is moved or deleted. Raises CheckpointError where there is none.
+    """
+    while True:
+        before = steps(run)
+        try:
+            return use(_newest_checked(run, before))
+        except CheckpointError:
+            if steps(run) == before:
+                raise
+            # otherwise the run is alive, and has just replaced that checkpoint
+
+
+def _newest_checked(run: Path, candidates: list[int]) -> Checkpoint:
+    wrong = []
+    for step in reversed(candidates):
+        try:
+            checkpoint = _checked(run, step)
+        except Damaged as damage:
+            wrong.append(f"{path(run, step)} is damaged: {damage}")
+            continue
+        if wrong:
+            print(f"warning: {wrong[0]}; taking that of update {step:,}", file=sys.stderr)
+        return checkpoint
     if wrong:
         raise CheckpointError(f"no checkpoint of {run} can be used: {'; '.join(wrong)}")
     raise CheckpointError(f"{run} has no checkpoint yet: let it train for a while")
@@ -293,8 +307,9 @@ def weights_digest(params: PyTree, batch_stats: PyTree) -> str:
     return total.hexdigest()
 
 
-def _restore_weights(place: Path, model: Autoencoder, *, ema: bool) -> tuple[PyTree, PyTree]:
-    params, batch_stats = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+def restore_weights(checkpoint: Checkpoint, like: tuple[PyTree, PyTree], *, ema: bool) -> Weights:
+    """Restore `params` (or their moving average) and `batch_stats` of these shapes alone."""
+    params, batch_stats = like
     name = "ema" if ema else "params"
     sharding = SingleDeviceSharding(jax.devices()[0])
     item = _shapes({name: params, "batch_stats": batch_stats}, sharding)
@@ -303,8 +318,9 @@ def _restore_weights(place: Path, model: Autoencoder, *, ema: bool) -> tuple[PyT
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    restored = _restored(place, ocp.args.Composite(state=arguments))["state"]
-    return restored[name], restored["batch_stats"]
+    restored = _restored(checkpoint.path, ocp.args.Composite(state=arguments))["state"]
+    params, batch_stats = restored[name], restored["batch_stats"]
+    return Weights(params, batch_stats, checkpoint.step, weights_digest(params, batch_stats))
 
 
 def _checked(run: Path, step: int) -> Checkpoint:

@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxtyping import PyTree
 
@@ -13,6 +13,7 @@ from vaejax.errors import UserError
 from vaejax.losses import is_batch_coupled, keyword_settings
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
+from vaejax.priors import PriorName
 from vaejax.training.optimizer import adam, schedule
 from vaejax.training.step import Trainer
 
@@ -69,7 +70,10 @@ class Config(RunFlags):
     clip_norm: float | None = None  # gradients whose norm is larger are scaled down to it
     ema_decay: float | None = None  # of a moving average of the weights, which is then evaluated
     flip: bool = False  # mirror every second training image, at random
-    prior: Literal["normal", "mixture"] | None = None  # "mixture" is fitted at the end
+    prior: PriorName | None = None  # where new faces come from; all but "normal" are fitted
+    prior_steps: int | None = None  # updates of a flow
+    prior_width: int | None = None  # of a flow's layers
+    prior_depth: int | None = None  # residual layers of a flow
     compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
 
 
@@ -94,7 +98,10 @@ class Recipe:
     optimizer: partial = field(default_factory=lambda: partial(adam, b1=0.5))
     ema_decay: float | None = None
     flip: bool = False
-    prior: Literal["normal", "mixture"] = "normal"
+    prior: PriorName = "normal"
+    prior_steps: int = 2700
+    prior_width: int = 512
+    prior_depth: int = 4
     frozen: Callable[[], PyTree] | None = None  # loads networks that the loss uses, not trained
 
     @property
@@ -133,8 +140,11 @@ WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("epochs", "steps", "batch_size", "micro_batch", "keep", "processes"), COUNT),
-    **dict.fromkeys(("latent_dim", "width", "log_steps", "checkpoint_steps"), COUNT),
-    **dict.fromkeys(("kl_weight", "beta", "noise", "warmup_steps"), WEIGHT),
+    **dict.fromkeys(("latent_dim", "latent_channels", "width", "blocks"), COUNT),
+    **dict.fromkeys(("prior_steps", "prior_width", "prior_depth"), COUNT),
+    **dict.fromkeys(("log_steps", "checkpoint_steps"), COUNT),
+    **dict.fromkeys(("kl_weight", "beta", "gradient_weight", "l1_weight"), WEIGHT),
+    **dict.fromkeys(("noise", "warmup_steps"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram", "clip_norm"), POSITIVE),
     "ema_decay": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
@@ -216,7 +226,10 @@ class Schedule:
     checkpoint_steps: int | None
     checkpoint_minutes: float
     keep: int
-    prior: str
+    prior: PriorName
+    prior_steps: int = 2700
+    prior_width: int = 512
+    prior_depth: int = 4
 
     @property
     def epochs(self) -> int:
@@ -257,7 +270,9 @@ class RunSpec:
         if not isinstance(schedule_, dict):
             raise ValueError('"schedule" is not an object')
         values = {f.name: value.get(f.name) for f in fields(cls)}
-        spec = {f.name: schedule_.get(f.name) for f in fields(Schedule)}
+        # the last three have defaults: runs without a flow did not always have them
+        defaults = {f.name: f.default for f in fields(Schedule) if f.default is not MISSING}
+        spec = {f.name: schedule_.get(f.name, defaults.get(f.name)) for f in fields(Schedule)}
         for name, item in [*values.items(), *spec.items()]:
             if problem := _problem(name, item):
                 raise ValueError(problem)
@@ -283,8 +298,9 @@ def check_format(value: Mapping[str, Any], expected: str) -> None:
 
 
 _OBJECTS = ("model", "loss", "optimizer", "data", "schedule")
-_TEXTS = ("experiment", "recipe", "source", "prepared", "prior")
+_TEXTS = ("experiment", "recipe", "source", "prepared")
 _COUNTS = ("batch_size", "images", "updates", "updates_per_epoch", "log_steps", "keep")
+_COUNTS += ("prior_steps", "prior_width", "prior_depth")
 _OPTIONAL_COUNTS = ("micro_batch", "checkpoint_steps")
 
 
@@ -295,6 +311,8 @@ def _problem(name: str, value: Any) -> str | None:
         if good and name in ("model", "loss", "optimizer"):
             good = isinstance(value.get("kind"), str)
         return None if good else f'"{name}" is not an object, or has no kind'
+    if name == "prior":
+        return None if value in get_args(PriorName) else f'"prior" is {str(value)[:40]}'
     if name in _TEXTS:
         return None if isinstance(value, str) else f'"{name}" is not a text'
     if name == "flip":

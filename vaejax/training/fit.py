@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,11 @@ from vaejax.data.records import read_dataset_report
 from vaejax.data.sources import drawn_faces
 from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError
 from vaejax.metrics import read_lines
-from vaejax.priors import GaussianMixture, require_mixture_fits
+from vaejax.priors import Prior, require_mixture_fits
 from vaejax.system import format_duration, versions
 from vaejax.training import checkpoint, guards, plan, run, visualize
 from vaejax.training import devices as dev
+from vaejax.training import prior as run_prior
 from vaejax.training.compiled import (
     TrainStep,
     compile_eval_step,
@@ -36,7 +38,6 @@ from vaejax.training.devices import Devices
 from vaejax.training.guards import DiskGuard, FiniteGuard, MemoryGuard, SignalGuard
 from vaejax.training.logger import Logger
 from vaejax.training.loop import Checkpoints, Guards, Steps, train, validate
-from vaejax.training.prior import fit_and_save
 from vaejax.training.step import TrainState, init
 
 
@@ -77,6 +78,8 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
             )
         )
     )
+    images = len(data.Images(Path(prepared), "train"))
+    recipe = replace(recipe, prior=run_prior.possible(recipe.prior, recipe.model, images=images))
     spec = _spec(name, config, recipe, source=source, prepared=Path(prepared))
     with ExitStack() as stack:
         folder = Path(dev.broadcast(lambda: str(_open_folder(spec, config, stack))))
@@ -175,6 +178,9 @@ def _spec(name: str, config: Config, recipe: Recipe, *, source: Path, prepared: 
         checkpoint_minutes=config.checkpoint_minutes,
         keep=config.keep,
         prior=recipe.prior,
+        prior_steps=recipe.prior_steps,
+        prior_width=recipe.prior_width,
+        prior_depth=recipe.prior_depth,
     )
     # the same images by person are split in another way
     facts = {field: report[field] for field in ("fingerprint", "persons", "splits")}
@@ -216,10 +222,14 @@ class Arrays(NamedTuple):
 
 
 def _train_to_the_end(options: Options) -> None:
+    """Train the autoencoder, then its prior, from wherever an earlier process came to."""
     folder, spec, recipe, devices = options[:4]
     arrays = _load_arrays(options)
     start, updates = int(arrays.state.step), spec.schedule.updates
-    if start >= updates and dev.broadcast(lambda: run.status(folder)) == "finished":
+    finished = start >= updates and dev.broadcast(lambda: run.status(folder)) == "finished"
+    if finished and dev.broadcast(
+        lambda: recipe.prior == "normal" or run_prior.is_current(_loaded(options, arrays.state))
+    ):
         if dev.is_first():
             visualize.write_readme(folder, run.read_spec(folder), run.last_status(folder))
         print(f"{folder} is finished: {start:,} updates are done, {updates:,} were requested.")
@@ -230,62 +240,91 @@ def _train_to_the_end(options: Options) -> None:
             f"{folder} has made {start:,} updates already, more than the {updates:,} requested: "
             "take more --steps or --epochs, or another --out"
         )
-    print(f"{folder}: {start:,} of {updates:,} updates are done; compiling …", flush=True)
-    compiled = _compile(options, arrays)
-    size = state_bytes(arrays.state)
+    compiled = None
+    if start < updates:
+        print(f"{folder}: {start:,} of {updates:,} updates are done; compiling …", flush=True)
+        compiled = _compile(options, arrays)
     disk = DiskGuard(folder)
     with ExitStack() as stack:
         logger = None
         if dev.is_first():
             with run.storage_errors(folder):
                 logger = Logger(
-                    folder, spec, arrays.held_out, devices=str(devices), disk=disk, done=start
+                    folder,
+                    spec,
+                    arrays.images,
+                    arrays.held_out,
+                    devices=str(devices),
+                    disk=disk,
+                    done=start,
                 )
             stack.enter_context(logger)
-        try:
-            state = train(
-                arrays.state,
-                arrays.batches,
-                spec=spec,
-                steps=_steps(options, arrays, compiled),
-                logger=logger,
-                checkpoints=Checkpoints(folder, spec, disk),
-                guards=_guards(options, arrays.images, size),
-            )
-        except DivergedError:
-            if logger:
-                logger.diverged()
-            raise
-        except UserError as error:  # images that are no longer as they were prepared
-            if logger:
-                logger.stopped(0, saved=False)
-            newest = checkpoint.newest_path(folder)
-            raise StorageError(
-                f"{error} The run was stopped: the same command "
-                + (f"resumes from {newest}" if newest else "starts again")
-            ) from None
-        except jax.errors.JaxRuntimeError as error:
-            told = guards.out_of_memory(error, compiled.memory, size, recipe, devices)
-            if told is None:
-                raise
-            raise told from None
+        state = arrays.state
+        if compiled:
+            state = _train(options, arrays, compiled, logger, disk)
+        prior = _fit_prior(options, state, logger)
         if logger:
-            _finish(options, state, logger)
+            logger.finished(state, prior)
         disk.refuse_failing(checkpoint.newest_path(folder))
 
 
-def _finish(options: Options, state: TrainState, logger: Logger) -> None:
-    """Fit the prior that the recipe asks for, and draw the pictures of the end."""
-    prior, model = None, options.recipe.model
-    if options.recipe.prior == "mixture":
-        local = dev.local(state)
-        params, stats = local.best_params, local.batch_stats
-        digest = checkpoint.weights_digest(params, stats)
-        weights = checkpoint.Weights(params, stats, int(local.step), digest)
-        with logger.attempt("the prior"):
-            prepared = options.spec.schedule.prepared
-            prior = GaussianMixture(fit_and_save(options.folder, prepared, model, weights), model)
-    logger.finished(state, prior)
+def _train(
+    options: Options,
+    arrays: Arrays,
+    compiled: TrainStep,
+    logger: Logger | None,
+    disk: DiskGuard,
+) -> TrainState:
+    """Make every update of the autoencoder that is left, or say why not, for people."""
+    folder, spec, recipe, devices = options[:4]
+    size = state_bytes(arrays.state)
+    try:
+        return train(
+            arrays.state,
+            arrays.batches,
+            spec=spec,
+            steps=_steps(options, arrays, compiled),
+            logger=logger,
+            checkpoints=Checkpoints(folder, spec, disk),
+            guards=_guards(options, arrays.images, size),
+        )
+    except DivergedError:
+        if logger:
+            logger.diverged()
+        raise
+    except UserError as error:  # images that are no longer as they were prepared
+        if logger:
+            logger.stopped(0, saved=False)
+        newest = checkpoint.newest_path(folder)
+        raise StorageError(
+            f"{error} The run was stopped: the same command "
+            + (f"resumes from {newest}" if newest else "starts again")
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        told = guards.out_of_memory(error, compiled.memory, size, recipe, devices)
+        if told is None:
+            raise
+        raise told from None
+
+
+def _loaded(options: Options, state: TrainState) -> run.LoadedRun:
+    """Return the run with these weights, as if it was loaded from its folder."""
+    local = dev.local(state)
+    params, stats = local.best_params, local.batch_stats
+    digest = checkpoint.weights_digest(params, stats)
+    weights = checkpoint.Weights(params, stats, int(local.step), digest)
+    return run.LoadedRun(options.folder, options.spec, options.recipe.model, weights)
+
+
+def _fit_prior(options: Options, state: TrainState, logger: Logger | None) -> Prior | None:
+    """Fit the prior that the recipe asks for; None is N(0, I)."""
+    if options.recipe.prior == "normal":
+        return None
+    resources = run_prior.Resources(options.devices, options.signals, options.max_ram)
+    if logger:
+        resources = resources._replace(say=logger.say, stopped=logger.stopped_in_prior)
+    with logger.attempt("the prior") if logger else nullcontext():
+        return run_prior.fit(_loaded(options, state), resources)
 
 
 def _load_arrays(options: Options) -> Arrays:
@@ -298,14 +337,16 @@ def _load_arrays(options: Options) -> Arrays:
     prepared = Path(spec.schedule.prepared)
     images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
     resident = dev.ResidentImages(images, devices) if dev.fit_on_device(images, devices) else None
-    batches = data.stream(
-        images,
-        read=resident is None,
-        batch_size=recipe.batch_size,
-        seed=spec.seed,
-        shard=jax.process_index(),
-        shards=jax.process_count(),
-    )
+    order = {
+        "batch_size": recipe.batch_size,
+        "seed": spec.seed,
+        "shard": jax.process_index(),
+        "shards": jax.process_count(),
+    }
+    if resident is None:
+        batches = data.stream(images, **order)
+    else:
+        batches = data.stream_indices(len(images), **order)
     trainer = recipe.trainer(updates=spec.schedule.updates)
     saved = dev.broadcast(lambda: _newest_checkpoint(folder, spec))
     if saved is None:

@@ -75,7 +75,8 @@ class SignalGuard:
 class FiniteGuard:
     """Reads the metrics of each update, and ends a run that diverges.
 
-    `image_paths` returns the paths of an update's images, `last_checkpoint` the newest one.
+    `image_paths` returns the paths of an update's images, where it takes some; `last_checkpoint`
+    the newest one.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FiniteGuard:
         *,
         updates_per_epoch: int,
         advice: str,
-        image_paths: Callable[[int], list[str]],
+        image_paths: Callable[[int], list[str]] | None,
         last_checkpoint: Callable[[], Path | None],
         writes: bool,
     ):
@@ -144,9 +145,10 @@ class FiniteGuard:
         if finite:
             words = ", ".join(f"{_words(n)} {finite[n]:.4g}" for n in ("loss", "gradient_norm"))
             parts.append(f"The last finite metrics, of step {finite['step']:,}: {words}")
-        if self._skipped:
+        if self._skipped and self._image_paths:
+            image_paths = self._image_paths
             updates = [
-                {"step": n, "metrics": _json(values), "images": self._image_paths(n)}
+                {"step": n, "metrics": _json(values), "images": image_paths(n)}
                 for n, values in self._skipped
             ]
             if self._writes:

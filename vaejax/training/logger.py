@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Logger:
         self,
         folder: Path,
         spec: RunSpec,
+        images: Images,
         held_out: Images,
         *,
         devices: str,
@@ -54,7 +55,10 @@ class Logger:
         self._status = run.initial_status(spec, devices=devices, before=run.last_status(folder))
         self._write_status()
         self._model = autoencoder.from_json(spec.model)
-        self._visualizer = Visualizer(folder, self._model, held_out)
+        learned = spec.schedule.prior != "normal"
+        self._visualizer = Visualizer(
+            folder, self._model, held_out, training=images if learned else None
+        )
         schedule = spec.schedule
         self._progress = Progress(
             updates=schedule.updates, epochs=schedule.epochs, batch_size=spec.batch_size, done=done
@@ -119,6 +123,14 @@ class Logger:
             text = f"stopped after update {step:,}, saved: the same command resumes there"
             self._progress.say(text)
 
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._progress.say(text)
+
+    def stopped_in_prior(self) -> None:
+        """Record that the run stopped while its prior was fitted."""
+        self._end("stopped")
+
     def diverged(self) -> None:
         """Record that the run diverged."""
         self._end("diverged")
@@ -161,6 +173,71 @@ class Logger:
     def _write_status(self, **changes: Any) -> None:
         run.write_spec(self._folder, self._spec)
         self._status = run.write_status(self._folder, self._status, **changes)
+
+
+class PriorLogger:
+    """Writes the metrics of a flow, into the folder of the prior, and shows its live line."""
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: RunSpec,
+        *,
+        disk: DiskGuard,
+        done: int,
+        stopped: Callable[[], None],
+    ):
+        schedule = spec.schedule
+        folder.mkdir(parents=True, exist_ok=True)
+        self._disk, self._stopped = disk, stopped
+        self._parts = schedule.epochs
+        self._progress = Progress(
+            updates=schedule.updates,
+            epochs=self._parts,
+            batch_size=spec.batch_size,
+            done=done,
+            what="prior",
+        )
+        self._metrics = MetricsWriter(folder, step=done)
+        disk.say = self._progress.say
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+
+    def epoch_begins(self, state: TrainState, epoch: int) -> None:
+        """Draw nothing."""
+
+    def train_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Write the metrics of update `step`, which counts from 0; non-finite ones are left out."""
+        line = {**metrics, "images_per_second": self._progress.images_per_second(step + 1)}
+        finite = {name: value for name, value in line.items() if np.isfinite(value)}
+        with self._disk.attempt("a line of the prior's metrics"):
+            self._metrics.write(step=step, epoch=epoch, split="train", metrics=finite)
+        self._progress.show(step + 1, epoch, line, device_memory=device_memory_in_use())
+
+    def epoch_ends(
+        self, state: TrainState, metrics: Mapping[str, float], *, step: int, epoch: int
+    ) -> None:
+        """Write the metrics of the held-out faces after `step` updates."""
+        with self._disk.attempt("a line of the prior's metrics"):
+            self._metrics.write(step=step, epoch=epoch, split="validation", metrics=metrics)
+        self._progress.say(f"prior {visualize.epoch_line(epoch, self._parts, metrics)}")
+
+    def before_checkpoint(self) -> None:
+        """Put all metrics onto the disk. Raises OSError if it does not take them."""
+        self._metrics.sync()
+
+    def after_checkpoint(self, step: int) -> None:
+        """Do nothing: a flow has no status of its own."""
+
+    def stopped(self, step: int, *, saved: bool) -> None:
+        """Record that the run stopped after `step` updates of its prior."""
+        self._stopped()
+        if saved:
+            self._progress.say(
+                f"stopped after update {step:,} of the prior, saved: the same command resumes there"
+            )
 
 
 class MetricsWriter:
@@ -280,8 +357,11 @@ class _Board:
 class Progress:
     """One line that is overwritten; a plain line every 30 s where there is no terminal."""
 
-    def __init__(self, *, updates: int, epochs: int, batch_size: int, done: int = 0):
+    def __init__(
+        self, *, updates: int, epochs: int, batch_size: int, done: int = 0, what: str = ""
+    ):
         self._updates, self._epochs, self._batch_size = updates, epochs, batch_size
+        self._what = f"{what} " if what else ""  # is trained, where it is not the autoencoder
         self._live = sys.stderr.isatty()
         self._start = self._last = (time.monotonic(), done)
         self._shown = -float("inf")
@@ -302,7 +382,7 @@ class Progress:
         start, first = self._start
         left = (now - start) / (done - first) * (self._updates - done)
         parts = [
-            f"epoch {epoch}/{self._epochs}",
+            f"{self._what}epoch {epoch}/{self._epochs}",
             f"step {done:,}/{self._updates:,}",
             *(f"{n} {metrics[n]:.5f}" for n in shown_in("progress") if n in metrics),
             f"{metrics['images_per_second']:,.0f} images/s",

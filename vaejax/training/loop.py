@@ -31,7 +31,7 @@ from vaejax.training.guards import (
     MemoryGuard,
     SignalGuard,
 )
-from vaejax.training.logger import Logger
+from vaejax.training.logger import Logger, PriorLogger
 from vaejax.training.step import TrainState
 
 CHECKPOINT = "a checkpoint"
@@ -58,7 +58,7 @@ def train(
     *,
     spec: RunSpec,
     steps: Steps,
-    logger: Logger | None,
+    logger: Logger | PriorLogger | None,
     checkpoints: "Checkpoints",
     guards: Guards,
 ) -> TrainState:
@@ -157,7 +157,12 @@ class Checkpoints:
         """Whether something could not be written at the last attempt."""
         return bool(self._disk.failing)
 
-    def save(self, state: TrainState, position: Mapping[str, Any], logger: Logger | None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        position: Mapping[str, Any],
+        logger: Logger | PriorLogger | None,
+    ) -> None:
         """Write a checkpoint, the metrics before it; or report that it could not be written."""
         with self._disk.attempt(CHECKPOINT):
             if logger:

@@ -1,44 +1,70 @@
-"""The learned prior of a run: fitted after training, or on first use, and kept in its folder."""
+"""The learned prior of a run: fitted when its autoencoder is trained, and kept in its folder.
 
+    priors/mixture.npz   a Gaussian mixture
+    priors/flow/         a flow: a run of its own, with checkpoints and metrics.jsonl
+
+Either belongs to the weights that it was fitted to, and is used with no others. A flow is trained
+by the same loop as the autoencoder, on posterior means that are computed once: an update takes 256
+of them, where the autoencoder sees a few images, and none of them moves any more.
+"""
+
+import math
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from vaejax import generate, priors
+from vaejax import flow, generate, priors
+from vaejax.data import batches as data
 from vaejax.data.batches import Images
-from vaejax.errors import UserError
+from vaejax.errors import CheckpointError, UserError
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.priors import GaussianMixture, Prior, StandardNormal
+from vaejax.priors import FlowPrior, GaussianMixture, Prior, StandardNormal
 from vaejax.system import format_duration
-from vaejax.training import run
-from vaejax.training.checkpoint import Weights
+from vaejax.training import checkpoint, run
+from vaejax.training import devices as dev
+from vaejax.training.compiled import (
+    compile_eval_step,
+    compile_init,
+    compile_train_step,
+    state_bytes,
+)
+from vaejax.training.config import RunSpec, describe, differences
+from vaejax.training.devices import Devices
+from vaejax.training.guards import DiskGuard, FiniteGuard, MemoryGuard, SignalGuard
+from vaejax.training.logger import PriorLogger
+from vaejax.training.loop import Checkpoints, Guards, Steps, train
+from vaejax.training.optimizer import adam, schedule
+from vaejax.training.step import Trainer, init
 from vaejax.training.visualize import commands
 
 MAX_IMAGES = 100_000  # whose posterior means are fitted
+MIN_IMAGES = 100  # of a flow
+PROGRESS_PARTS = 10  # of a flow's training, each with a validation at its end
+HELD_OUT_DRAWS = 16  # of noise and time, for each held-out face
+BATCH, LEARNING_RATE, WARMUP, EMA_DECAY = 256, 1e-3, 50, 0.999  # of a flow
+OPTIMIZER = partial(adam, b1=0.9, b2=0.99, clip_norm=1.0)
 
 
-def default_name(loaded: run.LoadedRun) -> priors.PriorName:
-    """Return the prior that a run's recipe names."""
-    return "mixture" if loaded.spec.schedule.prior == "mixture" else "normal"
+# Which prior --------------------------------------------------------------------------------------
 
 
-def has_mixture(loaded: run.LoadedRun) -> bool:
-    """Tell whether a run has a mixture that was fitted to these weights."""
-    return _load(loaded.folder, loaded.model, loaded.weights) is not None
+def load(loaded: run.LoadedRun, name: priors.PriorName, *, steps: int | None = None) -> Prior:
+    """Return a prior of a run by its name; a mixture that it does not have yet is fitted now.
 
-
-def load_or_fit(loaded: run.LoadedRun, name: priors.PriorName) -> Prior:
-    """Return a prior of a run by its name.
-
-    A mixture is read from the run's folder if it was fitted to these weights. Otherwise it is
-    fitted now and saved there, under the run's lock. Raises UserError where there is no such prior,
-    or another process trains in the folder.
+    `steps` are those of a flow's sampler. Raises UserError where there is no such prior, or another
+    process trains in the folder.
     """
-    model, weights = loaded.model, loaded.weights
+    model = loaded.model
     if name == "normal":
         if not autoencoder.is_variational(model):
             raise UserError(
@@ -48,26 +74,106 @@ def load_or_fit(loaded: run.LoadedRun, name: priors.PriorName) -> Prior:
                 "train a VAE with experiments/anime.py"
             )
         return StandardNormal(model)
+    if name == "flow":
+        return _load_flow(loaded, steps or priors.SAMPLER_STEPS)
     priors.require_mixture_fits(model)
-    if (mixture := _load(loaded.folder, model, weights)) is None:
+    if (mixture := _load_mixture(loaded)) is None:
         with run.locked(loaded.folder):
-            mixture = fit_and_save(loaded.folder, loaded.spec.schedule.prepared, model, weights)
+            mixture = _fit_mixture(loaded)
     return GaussianMixture(mixture, model)
 
 
-def fit_and_save(
-    folder: Path, prepared: str, model: Autoencoder, weights: Weights
-) -> priors.Mixture:
-    """Fit a mixture to the posterior means of a run's training images, and save it.
+def default_name(loaded: run.LoadedRun) -> priors.PriorName:
+    """Return the prior that a run's recipe names, or "normal" where that is not fitted yet."""
+    name = loaded.spec.schedule.prior
+    if name == "mixture":  # which is fitted on first use
+        return "mixture"
+    if name != "flow":
+        return "normal"
+    try:
+        _load_flow(loaded, 1)
+    except UserError as error:
+        if autoencoder.is_variational(loaded.model):
+            print(f"warning: {error}. New faces are drawn from N(0, I)", file=sys.stderr)
+            return "normal"
+    return "flow"
 
-    The caller holds the run's lock.
+
+def is_fitted(loaded: run.LoadedRun, name: priors.PriorName) -> bool:
+    """Tell whether a run has this prior, fitted to its weights."""
+    if name == "mixture":
+        return _load_mixture(loaded) is not None
+    try:
+        load(loaded, name)
+    except UserError:
+        return False
+    return True
+
+
+def is_current(loaded: run.LoadedRun) -> bool:
+    """Tell whether a run has the prior that its schedule describes, fitted to its weights."""
+    settings = loaded.spec.schedule
+    if settings.prior != "flow" or not is_fitted(loaded, "flow"):
+        return is_fitted(loaded, settings.prior)
+    saved = RunSpec.from_json(checkpoint.saved_spec(flow_folder(loaded.folder)))
+    same_length = saved.schedule.updates == settings.prior_steps
+    return same_length and saved.model == flow.to_json(_network(loaded))
+
+
+def possible(name: priors.PriorName, model: Autoencoder, *, images: int) -> priors.PriorName:
+    """Return the prior that so many images allow; warn where it is not the one that was asked for.
+
+    Raises UserError for a model with too many latents for a mixture.
     """
+    if name == "flow" and images < MIN_IMAGES:
+        fallback = "mixture" if priors.latent_dimensions(model) <= priors.MAX_LATENTS else "normal"
+        words = "a Gaussian mixture" if fallback == "mixture" else "N(0, I)"
+        print(
+            f"warning: {images} training images are too few for a flow as the prior (at least "
+            f"{MIN_IMAGES}): it will be {words}",
+            file=sys.stderr,
+        )
+        return fallback
+    if name == "mixture":
+        priors.require_mixture_fits(model)
+    return name
+
+
+class Resources(NamedTuple):
+    """What the training of a flow needs besides the run."""
+
+    devices: Devices
+    signals: SignalGuard
+    max_ram: float | None = None  # GiB
+    say: Callable[[str], None] = print
+    stopped: Callable[[], None] = lambda: None  # called before a signal ends the training
+
+
+def fit(loaded: run.LoadedRun, resources: Resources) -> Prior | None:
+    """Fit the prior that a run's recipe names, unless it is there; None for N(0, I).
+
+    The caller holds the run's lock. All processes have to call it together.
+    """
+    name = loaded.spec.schedule.prior
+    if name == "flow":
+        if not dev.broadcast(lambda: is_current(loaded)):
+            _train_flow(loaded, resources)
+        return _load_flow(loaded, priors.SAMPLER_STEPS)
+    if name == "mixture" and dev.is_first():
+        return GaussianMixture(_load_mixture(loaded) or _fit_mixture(loaded), loaded.model)
+    return None
+
+
+# The mixture --------------------------------------------------------------------------------------
+
+
+def _fit_mixture(loaded: run.LoadedRun) -> priors.Mixture:
+    """Fit a mixture to the posterior means of a run's training images, and save it."""
     began = time.monotonic()
-    images = Images(Path(prepared), "train")
-    params, stats = weights.params, weights.batch_stats
-    means = generate.posterior_means(params, stats, images, model=model, most=MAX_IMAGES)
-    mixture = priors.fit_mixture(means)
-    priors.save(mixture, folder, digest=weights.digest)
+    means = _posterior_means(loaded, "train")
+    held_out = _posterior_means(loaded, "validation")
+    mixture = priors.choose_mixture(means, held_out)
+    priors.save(mixture, loaded.folder, digest=loaded.weights.digest)
     print(
         f"fitted a mixture of {len(mixture.log_weights)} Gaussians to the posterior means of "
         f"{len(means):,} training images in {format_duration(time.monotonic() - began)}",
@@ -76,8 +182,215 @@ def fit_and_save(
     return mixture
 
 
-def _load(folder: Path, model: Autoencoder, weights: Weights) -> priors.Mixture | None:
-    latents = sum(
-        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(autoencoder.latent_spec(model))
+def _load_mixture(loaded: run.LoadedRun) -> priors.Mixture | None:
+    latents = priors.latent_dimensions(loaded.model)
+    return priors.load(loaded.folder, digest=loaded.weights.digest, latents=latents)
+
+
+def _posterior_means(
+    loaded: run.LoadedRun, split: str, *, mirrored: bool = False
+) -> Float[np.ndarray, "n d"]:
+    images = Images(Path(loaded.spec.schedule.prepared), split)
+    params, stats = loaded.weights.params, loaded.weights.batch_stats
+    return generate.posterior_means(
+        params, stats, images, model=loaded.model, most=MAX_IMAGES, mirrored=mirrored
     )
-    return priors.load(folder, digest=weights.digest, latents=latents)
+
+
+# The flow -----------------------------------------------------------------------------------------
+
+
+def flow_folder(folder: Path) -> Path:
+    """Return where a run keeps its flow."""
+    return folder / priors.FOLDER / "flow"
+
+
+def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
+    """Read the flow of a run. Raises UserError unless it is complete and of these weights."""
+    folder, digest = flow_folder(loaded.folder), loaded.weights.digest
+    again = f"`vaejax fit-prior {loaded.folder}` fits one"
+    if not checkpoint.steps(folder):
+        raise UserError(f"{loaded.folder} has no flow as its prior yet: {again}")
+
+    def restore(saved: checkpoint.Checkpoint) -> FlowPrior:
+        try:
+            spec = RunSpec.from_json(saved.spec)
+            network = flow.from_json(spec.model, latents=priors.latent_dimensions(loaded.model))
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path} is of no flow: {error}. {again}") from None
+        if spec.data.get("weights") != digest:
+            raise UserError(
+                f"the flow in {folder} was fitted to other weights of this run: {again} anew"
+            )
+        if saved.step < spec.schedule.updates:
+            raise UserError(
+                f"the flow of {loaded.folder} is not trained to its end ({saved.step:,} of "
+                f"{spec.schedule.updates:,} updates): the run's own command goes on with it"
+            )
+        like = jax.eval_shape(partial(flow.init, network), jax.random.key(0))
+        weights = checkpoint.restore_weights(saved, like, ema=True)
+        return FlowPrior(network, weights.params, weights.batch_stats, loaded.model, steps=steps)
+
+    return checkpoint.with_newest(folder, restore)
+
+
+def _train_flow(loaded: run.LoadedRun, resources: Resources) -> None:
+    """Train a flow on the posterior means of a run, from its last checkpoint if it has one."""
+    devices, folder = resources.devices, flow_folder(loaded.folder)
+    resources.say("fitting the prior: the posterior means of all images …")
+    codes, held_out = _codes(loaded)
+    network = _network(loaded)
+    spec = _flow_spec(loaded, network, images=len(codes.z), devices=devices)
+    updates = spec.schedule.updates
+    rate = schedule(LEARNING_RATE, warmup_steps=WARMUP, decay_steps=updates)
+    trainer = Trainer(
+        network,
+        partial(flow.flow_matching),
+        OPTIMIZER(rate),
+        ema_decay=EMA_DECAY,
+        init=flow.init,
+        batch_loss=flow.batch_loss,
+    )
+    replicated = dev.replicated(devices)
+    root = jax.random.fold_in(jax.random.key(spec.seed), 1)  # the run's own keys are split from it
+    init_key, train_key, validation_key = jax.device_put(jax.random.split(root, 3), replicated)
+    batches = data.stream_indices(
+        len(codes.z),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        shard=jax.process_index(),
+        shards=jax.process_count(),
+    )
+    saved = dev.broadcast(lambda: _resumable(folder, spec))
+    if saved is None:
+        state = compile_init(trainer, devices=devices)(init_key)
+        stats = jax.device_put(flow.standardization(codes.z), replicated)
+        state = state._replace(batch_stats=stats)
+    else:
+        like = jax.eval_shape(partial(init, trainer=trainer), init_key)
+        newest = checkpoint.Checkpoint(Path(saved[0]), *saved[1:])
+        state, position = checkpoint.restore(newest, like, sharding=replicated)
+        batches.set_state(dict(position))
+    done = int(state.step)
+    batch = jax.ShapeDtypeStruct((spec.batch_size,), np.int32)
+    compiled = compile_train_step(trainer, state, codes, batch, train_key, devices=devices)
+    validate = _validation(trainer, held_out, validation_key, devices=devices)
+    steps = Steps(lambda state, batch: compiled.run(state, batch, train_key), validate)
+    disk = DiskGuard(loaded.folder)
+    logger = None
+    if dev.is_first():
+        logger = PriorLogger(folder, spec, disk=disk, done=done, stopped=resources.stopped)
+    try:
+        train(
+            state,
+            batches,
+            spec=spec,
+            steps=steps,
+            logger=logger,
+            checkpoints=Checkpoints(folder, spec, disk),
+            guards=_guards(folder, spec, state_bytes(state), resources),
+        )
+    finally:
+        if logger:
+            logger.close()
+    disk.refuse_failing(checkpoint.newest_path(folder))
+
+
+def _network(loaded: run.LoadedRun) -> flow.FlowMLP:
+    settings, latents = loaded.spec.schedule, priors.latent_dimensions(loaded.model)
+    return flow.FlowMLP(latents, settings.prior_width, settings.prior_depth)
+
+
+def _codes(loaded: run.LoadedRun) -> tuple[flow.Codes, flow.Codes]:
+    """Compute what a flow learns from, and what it is validated on."""
+    parts = [_posterior_means(loaded, "train")]
+    if loaded.spec.flip:
+        parts.append(_posterior_means(loaded, "train", mirrored=True))
+    held_out = _posterior_means(loaded, "validation")
+    return _unlabeled(np.concatenate(parts)), _unlabeled(held_out)
+
+
+def _unlabeled(z: Float[np.ndarray, "n d"]) -> flow.Codes:
+    return flow.Codes(z, np.zeros((len(z), 0), np.int32))
+
+
+def _flow_spec(
+    loaded: run.LoadedRun, network: flow.FlowMLP, *, images: int, devices: Devices
+) -> RunSpec:
+    """Describe the training of a flow as that of a run."""
+    settings = loaded.spec.schedule
+    batch_size = min(BATCH, images) // devices.count * devices.count
+    updates = settings.prior_steps
+    optimizer = {
+        **describe(OPTIMIZER),
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": WARMUP,
+        "decay_steps": updates,
+    }
+    return RunSpec(
+        experiment=f"{loaded.spec.experiment}: prior",
+        model=flow.to_json(network),
+        loss={"kind": "flow_matching"},
+        optimizer=optimizer,
+        batch_size=batch_size,
+        micro_batch=None,
+        ema_decay=EMA_DECAY,
+        flip=loaded.spec.flip,
+        seed=loaded.spec.seed,
+        data={"weights": loaded.weights.digest},
+        schedule=replace(
+            settings,
+            images=images,
+            updates=updates,
+            updates_per_epoch=math.ceil(updates / PROGRESS_PARTS),
+        ),
+    )
+
+
+def _resumable(folder: Path, spec: RunSpec) -> list | None:
+    """Return the checkpoint to go on from; delete a flow that is another one, or of other weights.
+
+    A flow of which every checkpoint is damaged is trained anew: nothing but its own time is lost.
+    """
+    checkpoint.delete_unfinished(folder)
+    try:
+        newest = checkpoint.newest(folder, expected=False)
+        if newest is None:
+            return None
+        if not differences(RunSpec.from_json(newest.spec), spec):
+            return [str(newest.path), *newest[1:]]
+    except (CheckpointError, ValueError) as error:
+        print(f"warning: {error}; the flow is trained anew", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _validation(trainer: Trainer, held_out: flow.Codes, key: Any, *, devices: Devices):
+    """Return the function that computes the loss of the held-out faces, with the same noise each
+    time."""
+    eval_step = compile_eval_step(trainer, held_out, devices=devices)
+    indices = np.tile(np.arange(len(held_out.z), dtype=np.int32), HELD_OUT_DRAWS)
+
+    def validate(state: Any) -> dict[str, float]:
+        total = 0.0
+        for first in range(0, len(indices), BATCH):
+            part = indices[first : first + BATCH]
+            mine = part[dev.rows(devices, len(part))]
+            metrics = eval_step(state, mine, key, first, 1.0, batch=len(part))
+            total += float(metrics["loss"]) * len(part)
+        return {"loss": total / len(indices)}
+
+    return validate
+
+
+def _guards(folder: Path, spec: RunSpec, state_size: int, resources: Resources) -> Guards:
+    finite = FiniteGuard(
+        folder,
+        updates_per_epoch=spec.schedule.updates_per_epoch,
+        advice="The posterior means may be out of range: train the autoencoder at a smaller rate",
+        image_paths=None,
+        last_checkpoint=partial(checkpoint.newest_path, folder),
+        writes=dev.is_first(),
+    )
+    memory = MemoryGuard(state_size, images=1, max_ram=resources.max_ram)
+    return Guards(resources.signals, finite, memory)

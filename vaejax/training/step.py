@@ -6,29 +6,34 @@ and whether or not the run was interrupted. Under `jax.pmap` the images are thos
 `axis` is the name under which gradients, metrics and batch norms are averaged over all of them.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from vaejax.losses import Context, Loss, Metrics, batch_loss
+from vaejax.losses import Context, Metrics, batch_loss
 from vaejax.models import autoencoder
-from vaejax.models.autoencoder import Autoencoder
 from vaejax.training.optimizer import global_norm, skip_nonfinite
 
 
 class Trainer(NamedTuple):
-    """What an update does: everything about it that is not an array."""
+    """What an update does: everything about it that is not an array.
 
-    model: Autoencoder
-    loss: Loss  # with its settings bound
+    The last two fields say what is trained: by default an autoencoder, on batches of images.
+    """
+
+    model: Any
+    loss: Callable[..., Any]  # with its settings bound: `vaejax.losses.Loss`
     optimizer: optax.GradientTransformation
     ema_decay: float | None = None  # of the moving average of the weights; None: there is none
     flip: bool = False  # mirror every second image, at random
     micro_batches: int = 1  # parts that a batch is computed in, one after the other
+    init: Callable[..., tuple[PyTree, PyTree]] = autoencoder.init  # (model, key) -> arrays
+    batch_loss: Callable[..., Any] = batch_loss  # (batch, context, loss=...)
 
 
 class TrainState(NamedTuple):
@@ -49,7 +54,7 @@ class TrainState(NamedTuple):
 
 def init(key: Key[Array, ""], *, trainer: Trainer) -> TrainState:
     """Return the state before the first update."""
-    params, batch_stats = autoencoder.init(trainer.model, key)
+    params, batch_stats = trainer.init(trainer.model, key)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     opt_state = skip_nonfinite(trainer.optimizer).init(params)
     # a copy: the state is donated, and one buffer cannot be donated twice
@@ -108,7 +113,8 @@ def batch_gradient(
     )
 
     def loss(params: PyTree):
-        return batch_loss(images, context._replace(params=params), loss=trainer.loss)
+        context_ = context._replace(params=params)
+        return trainer.batch_loss(images, context_, loss=trainer.loss)
 
     gradients, (metrics, batch_stats) = jax.grad(loss, has_aux=True)(params)
     if axis is not None:
@@ -196,7 +202,7 @@ def eval_step(
     context = Context(
         trainer.model, params, batch_stats, keys, train=False, frozen=frozen, variance=variance
     )
-    _, (metrics, _) = batch_loss(images, context, loss=trainer.loss)
+    _, (metrics, _) = trainer.batch_loss(images, context, loss=trainer.loss)
     return metrics
 
 

@@ -14,27 +14,35 @@ from vaejax.files import write_text
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.priors import Prior, StandardNormal
+from vaejax.priors import Prior, StandardNormal, unraveler
 from vaejax.training.config import RunSpec
 from vaejax.training.devices import local
 from vaejax.training.step import TrainState
 
 SAMPLES = 25  # 5 x 5, as in the report
 RECONSTRUCTIONS = 10
+MOMENT_IMAGES = 200  # whose posterior means have the moments of the watched samples
 
 
 class Visualizer:
-    """Draws into the run's folder; holds 25 latents and ten held-out faces, and no picture.
+    """Draws into the run's folder; holds 25 latents and some faces, and no picture.
 
     The watched pictures, drawn at the beginning and at the end of each epoch, make the film:
-    samples, or, of a model without a prior, reconstructions.
+    samples, or, of a model without a prior, reconstructions. Where a prior will be fitted, and so
+    some `training` images are given, samples are of the normal distribution with the mean and
+    covariance that the posterior means of those images have at the time.
     """
 
-    def __init__(self, folder: Path, model: Autoencoder, held_out: Images):
-        self._folder, self._model = folder, model
-        self._samples = autoencoder.is_variational(model)
+    def __init__(
+        self, folder: Path, model: Autoencoder, held_out: Images, *, training: Images | None = None
+    ):
+        self._folder, self._model, self._training = folder, model, training
+        self._samples = autoencoder.is_variational(model) or training is not None
         self._watched = folder / ("samples" if self._samples else "reconstructions")
-        if self._samples:
+        if training is not None:
+            shape = (SAMPLES, min(MOMENT_IMAGES, len(training)))
+            self._weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+        elif self._samples:
             self._prior = StandardNormal(model)
             self._z = self._prior.sample(range(SAMPLES))
         faces = held_out.read(np.arange(min(RECONSTRUCTIONS, len(held_out))))
@@ -54,9 +62,25 @@ class Visualizer:
 
     def _draw_watched(self, state: TrainState, path: Path) -> None:
         if self._samples:
-            pictures.save_png(path, pictures.grid(self._decode(state, self._z), columns=5))
+            z = self._z if self._training is None else self._matched_samples(state)
+            pictures.save_png(path, pictures.grid(self._decode(state, z), columns=5))
         else:
             self._draw_reconstructions(state, path)
+
+    def _matched_samples(self, state: TrainState) -> Any:
+        """Draw from the normal distribution with the moments of some posterior means.
+
+        Sums of the centered means, weighted by fixed draws of N(0, I), have their covariance.
+        """
+        local_state, weights = local(state), self._weights
+        params, stats, training = local_state.best_params, local_state.batch_stats, self._training
+        assert training is not None
+        means = generate.posterior_means(
+            params, stats, training, model=self._model, most=weights.shape[1]
+        )
+        center = means.mean(axis=0)
+        z = center + weights @ (means - center) / np.sqrt(len(means))
+        return jax.vmap(unraveler(self._model))(z)
 
     def _decode(self, state: TrainState, z: Any) -> np.ndarray:
         state = local(state)
@@ -84,9 +108,10 @@ class Visualizer:
 
         They come from `prior`, or from N(0, I); a deterministic model without a prior has none.
         """
-        if prior is None and not self._samples:
-            return
-        prior = prior or self._prior
+        if prior is None:
+            if not autoencoder.is_variational(self._model):
+                return
+            prior = StandardNormal(self._model)
         rows = []
         for first in range(SAMPLES, 5 * SAMPLES, SAMPLES):  # as many at a time as was compiled for
             rows.append(self._decode(state, prior.sample(range(first, first + SAMPLES))))
@@ -157,7 +182,8 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
             # the bar of a conditional density would end a Markdown table's cell
             cells = [name, *values, metric.unit, metric.meaning]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    lines += ["", _steps(columns), "", *_pictures(folder, model), "", "## Commands", "", "```"]
+    shown = _pictures(folder, model, schedule.prior)
+    lines += ["", _steps(columns), "", *shown, "", "## Commands", "", "```"]
     lines += [
         f"{status['command']}     # resumes, if it is not finished",
         *commands(model, folder),
@@ -178,14 +204,21 @@ def _steps(columns: tuple[dict | None, ...]) -> str:
     return "; ".join(steps) + ". On a batch the likelihood's variance is that batch's mse."
 
 
-def _pictures(folder: Path, model: Autoencoder) -> list[str]:
+def _pictures(folder: Path, model: Autoencoder, prior: str) -> list[str]:
     """Return the Markdown of the pictures in the folder, the newest of each kind."""
+    faces, samples = "New faces, drawn from N(0, I)", "Samples from N(0, I)"
+    if prior != "normal":
+        faces = f"New faces, drawn from the {prior} prior"
+        samples = (
+            "Samples of the normal distribution with the moments that the posterior means of "
+            f"{MOMENT_IMAGES} training faces had at the time, before there was a prior"
+        )
     held_out = "Held-out faces above their reconstructions"
     if model.denoises:
         held_out = "Held-out faces with noise, what the model makes of them, and without noise"
     shown = [
-        ("New faces", folder / "faces.png"),
-        ("Samples", _newest(folder / "samples")),
+        (faces, folder / "faces.png"),
+        (samples, _newest(folder / "samples")),
         (held_out, _newest(folder / "reconstructions")),
         ("Training", folder / "learning.gif"),
         ("Curves", folder / "curves.png"),
