@@ -31,6 +31,7 @@ Paddings = list[tuple[int, int]]  # before and after, of rows and columns; negat
 
 # With fewer multiplications the slowest form takes a few milliseconds, and "plain" compiles sooner.
 MIN_PRODUCTS = 2**20
+WINOGRAD = [(3, 3, 1), (5, 5, 2)]  # taps of a kernel's rows and columns, and stride
 # With fewer tiles, Winograd's transform of the kernels takes longer than the products.
 MIN_TILES = 32
 # The "windows" kernels are for images of few channels.
@@ -184,9 +185,10 @@ def native_algorithm(
     """
     (b, h, w, c), (rows, columns, *_) = image, kernel
     algorithm: kernels.Algorithm
+    tiles = b * -(-h // (4 * stride)) * -(-w // (4 * stride))
     if rows == columns and rows >= stride and c <= MAX_WINDOW_CHANNELS:
         algorithm = "windows"
-    elif (rows, columns, stride) == (5, 5, 2) and b * -(-h // 8) * -(-w // 8) >= MIN_TILES:
+    elif (rows, columns, stride) in WINOGRAD and tiles >= MIN_TILES:
         algorithm = "winograd"
     else:
         return None
@@ -199,7 +201,7 @@ def native_algorithm(
 def _window(algorithm: kernels.Algorithm, paddings: Paddings, stride: int) -> dict[str, int]:
     """Return the keyword arguments that the kernels need besides the arrays."""
     if algorithm == "winograd":
-        return {}
+        return {"stride": stride}
     (top, _), (left, _) = paddings
     return {"stride": stride, "top": top, "left": left}
 
