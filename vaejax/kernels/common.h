@@ -43,9 +43,13 @@ static inline Vector load(const float* from) { return *reinterpret_cast<const Ve
 static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
 // Which lanes of a vector to load or to store: the first `count`, all of them if there are fewer.
+// kAllLanes & lanes are those lanes.
 #if defined(__AVX512F__)
 typedef __mmask16 Lanes;
-static inline Lanes first_lanes(int64_t count) { return count >= kLanes ? 0xffff : (1 << count) - 1; }
+constexpr Lanes kAllLanes = 0xffff;
+static inline Lanes first_lanes(int64_t count) {
+  return count >= kLanes ? kAllLanes : (1 << count) - 1;
+}
 // The other lanes are zero, and their memory is not read.
 static inline Vector load(const float* from, Lanes lanes) {
   return (Vector)_mm512_maskz_loadu_ps(lanes, from);
@@ -54,23 +58,24 @@ static inline void store(float* to, Vector value, Lanes lanes) {
   _mm512_mask_storeu_ps(to, lanes, (__m512)value);
 }
 #else
-typedef int64_t Lanes;
+typedef int64_t Lanes;  // their number
+constexpr Lanes kAllLanes = -1;
 static inline Lanes first_lanes(int64_t count) { return std::min(count, kLanes); }
 static inline Vector load(const float* from, Lanes lanes) {
   if (lanes == kLanes) return load(from);
   Vector value = {};
-  std::memcpy(&value, from, 4 * lanes);
+  if (lanes) std::memcpy(&value, from, 4 * lanes);
   return value;
 }
 static inline void store(float* to, Vector value, Lanes lanes) {
   if (lanes == kLanes) return store(to, value);
-  std::memcpy(to, &value, 4 * lanes);
+  if (lanes) std::memcpy(to, &value, 4 * lanes);
 }
 #endif
-// A stride for rows of n floats. Strides of a multiple of the page size would map all rows to the
-// same few sets of the cache.
-static inline int64_t padded_stride(int64_t n) { return n + 3 * kLanes; }
 static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// A stride for rows of n floats: an odd number of vectors, with up to one of them unused. Strides of
+// a multiple of the page size would map all rows to the same few sets of the cache.
+static inline int64_t padded_stride(int64_t n) { return ceil_to(n, 2 * kLanes) + kLanes; }
 
 static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 

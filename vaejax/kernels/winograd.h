@@ -67,17 +67,38 @@ static inline void transform_outputs_adjoint(const Vector y[4], Vector m[6]) {  
 
 // Both directions ---------------------------------------------------------------------------------
 
-// Apply a transform to the columns and then to the rows of [kIn, kIn] vectors.
-template <int kIn, int kOut, void (*transform)(const Vector*, Vector*)>
-static inline void transform_window(const Vector in[kIn][kIn], Vector out[kOut][kOut]) {
-  Vector half[kOut][kIn], column[kIn], transformed[kOut];
+// Apply a transform to the columns and then to the rows of kIn x kIn vectors: get(i, j) returns
+// those, and put(i, j, vector) takes the kOut x kOut results.
+template <int kIn, int kOut, void (*transform)(const Vector*, Vector*), typename Get, typename Put>
+static inline void transform_window(Get get, Put put) {
+  Vector half[kOut][kIn];
+#pragma GCC unroll 6
   for (int j = 0; j < kIn; j++) {
-    for (int i = 0; i < kIn; i++) column[i] = in[i][j];
+    Vector column[kIn], transformed[kOut];
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; i++) column[i] = get(i, j);
     transform(column, transformed);
+#pragma GCC unroll 6
     for (int i = 0; i < kOut; i++) half[i][j] = transformed[i];
   }
-  for (int i = 0; i < kOut; i++) transform(half[i], out[i]);
+#pragma GCC unroll 6
+  for (int i = 0; i < kOut; i++) {
+    Vector transformed[kOut];
+    transform(half[i], transformed);
+#pragma GCC unroll 6
+    for (int j = 0; j < kOut; j++) put(i, j, transformed[j]);
+  }
 }
+
+// A square of pixels of one phase; `rows` and `columns` have no lanes where it is out of the image.
+template <int kSide>
+struct Square {
+  float* first;
+  int64_t row_stride, column_stride;
+  Lanes rows[kSide], columns[kSide];
+
+  float* at(int i, int j) const { return first + i * row_stride + j * column_stride; }
+};
 
 // An array as the 3x3 convolution sees it: `data` is [images, stride * height, stride * width,
 // channels]. The stride is the convolution's for its image, and 1 for its output.
@@ -93,10 +114,20 @@ struct Grid {
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
   int64_t tile_rows() const { return (height + kTile - 1) / kTile; }
   int64_t tile_columns() const { return (width + kTile - 1) / kTile; }
-  bool has(int64_t y, int64_t x) const { return 0 <= y && y < height && 0 <= x && x < width; }
-  float* at(int64_t image, int64_t y, int64_t x, int64_t phase) const {
+  // Return the square that begins `before` pixels above and left of a tile.
+  template <int kSide>
+  Square<kSide> square(int64_t tile, int64_t before, int64_t phase) const {
+    const int64_t x = tile % tile_columns() * kTile - before, tile_row = tile / tile_columns();
+    const int64_t y = tile_row % tile_rows() * kTile - before, image = tile_row / tile_rows();
     const int64_t row = (image * height + y) * stride + phase / stride;
-    return data + ((row * width + x) * stride + phase % stride) * channels;
+    const int64_t column = x * stride + phase % stride;
+    Square<kSide> square = {data + (row * stride * width + column) * channels,
+                            stride * stride * width * channels, stride * channels};
+    for (int i = 0; i < kSide; i++) {
+      square.rows[i] = 0 <= y + i && y + i < height ? kAllLanes : 0;
+      square.columns[i] = 0 <= x + i && x + i < width ? kAllLanes : 0;
+    }
+    return square;
   }
 };
 
@@ -106,49 +137,36 @@ struct Strides {
   int64_t vector, phase, point;
 };
 
-// Transform the window of kSide x kSide pixels that begins `before` pixels above and left of a
-// tile, for all its channels. The last vector of a phase is stored with zeros behind its channels.
+// Transform the kSide x kSide pixels that begin `before` pixels above and left of a tile, for all
+// its channels. The last vector of a phase is stored with zeros behind its channels.
 template <int kSide, int64_t before, void (*transform)(const Vector*, Vector*)>
 static void gather(const Grid& grid, int64_t tile, float* out, const Strides& strides) {
-  const int64_t columns = grid.tile_columns(), rows = grid.tile_rows();
-  const int64_t x = tile % columns * kTile - before;
-  const int64_t y = tile / columns % rows * kTile - before, image = tile / columns / rows;
   for (int64_t phase = 0; phase < grid.phases(); phase++) {
-    const float* from[kSide][kSide];
-    for (int i = 0; i < kSide; i++)
-      for (int j = 0; j < kSide; j++)
-        from[i][j] = grid.has(y + i, x + j) ? grid.at(image, y + i, x + j, phase) : nullptr;
+    const auto square = grid.square<kSide>(tile, before, phase);
     float* to = out + phase * strides.phase;
     for (int64_t c = 0; c < grid.channels; c += kLanes, to += strides.vector) {
       const Lanes lanes = first_lanes(grid.channels - c);
-      Vector window[kSide][kSide], points[kWindow][kWindow];
-      for (int i = 0; i < kSide; i++)
-        for (int j = 0; j < kSide; j++)
-          window[i][j] = from[i][j] ? load(from[i][j] + c, lanes) : Vector{};
-      transform_window<kSide, kWindow, transform>(window, points);
-      for (int i = 0; i < kPoints; i++)
-        store(to + i * strides.point, points[i / kWindow][i % kWindow]);
+      transform_window<kSide, kWindow, transform>(
+          [&](int i, int j) {
+            return load(square.at(i, j) + c, lanes & square.rows[i] & square.columns[j]);
+          },
+          [&](int i, int j, Vector value) { store(to + (i * kWindow + j) * strides.point, value); });
     }
   }
 }
 
 // Compute the outputs of a tile from its points in M.
 static void scatter(const Grid& grid, int64_t tile, const float* m, const Strides& strides) {
-  const int64_t columns = grid.tile_columns(), rows = grid.tile_rows();
-  const int64_t x = tile % columns * kTile, y = tile / columns % rows * kTile;
-  const int64_t image = tile / columns / rows;
   for (int64_t phase = 0; phase < grid.phases(); phase++) {
+    const auto square = grid.square<kTile>(tile, 0, phase);
     const float* from = m + phase * strides.phase;
     for (int64_t c = 0; c < grid.channels; c += kLanes, from += strides.vector) {
       const Lanes lanes = first_lanes(grid.channels - c);
-      Vector points[kWindow][kWindow], outputs[kTile][kTile];
-      for (int i = 0; i < kPoints; i++)
-        points[i / kWindow][i % kWindow] = load(from + i * strides.point);
-      transform_window<kWindow, kTile, transform_outputs>(points, outputs);
-      for (int i = 0; i < kTile; i++)
-        for (int j = 0; j < kTile; j++)
-          if (grid.has(y + i, x + j))
-            store(grid.at(image, y + i, x + j, phase) + c, outputs[i][j], lanes);
+      transform_window<kWindow, kTile, transform_outputs>(
+          [&](int i, int j) { return load(from + (i * kWindow + j) * strides.point); },
+          [&](int i, int j, Vector value) {
+            store(square.at(i, j) + c, value, lanes & square.rows[i] & square.columns[j]);
+          });
     }
   }
 }
@@ -179,17 +197,15 @@ static void transform_kernels(ffi::ThreadPool& pool, const float* kernel, const 
     for (int64_t k = first; k < last; k++) {
       const int64_t c = k % in.channels;
       const int64_t phase = adjoint ? n / out.padded_channels() : k / in.channels;
-      Vector g[3][3], points[kWindow][kWindow];
-      for (int i = 0; i < 3; i++)
-        for (int j = 0; j < 3; j++) {
-          const int64_t p = tap(stride, phase / stride, adjoint ? 2 - i : i);
-          const int64_t q = tap(stride, phase % stride, adjoint ? 2 - j : j);
-          const float* from = kernel + ((p * taps + q) * in.channels + c) * out.channels + o;
-          g[i][j] = p < 0 || q < 0 ? Vector{} : load(from, lanes);
-        }
-      transform_window<3, kWindow, transform_kernel>(g, points);
       float* to = u + panel * depth + k * std::min(kPanel, width - panel) + n % kPanel;
-      for (int i = 0; i < kPoints; i++) store(to + i * plane, points[i / kWindow][i % kWindow]);
+      transform_window<3, kWindow, transform_kernel>(
+          [&](int i, int j) {
+            const int64_t p = tap(stride, phase / stride, adjoint ? 2 - i : i);
+            const int64_t q = tap(stride, phase % stride, adjoint ? 2 - j : j);
+            const float* from = kernel + ((p * taps + q) * in.channels + c) * out.channels + o;
+            return p < 0 || q < 0 ? Vector{} : load(from, lanes);
+          },
+          [&](int i, int j, Vector value) { store(to + (i * kWindow + j) * plane, value); });
     }
   });
 }
@@ -280,16 +296,14 @@ static bool correlate_adjoint(ffi::ThreadPool& pool, const Grid& in, const Grid&
     for (int64_t phase = 0; phase < in.phases(); phase++)
       for (int64_t o = 0; o < out.channels; o += kLanes) {
         const float* from = u + (phase * in.padded_channels() + c) * width + o;
-        Vector points[kWindow][kWindow], g[3][3];
-        for (int i = 0; i < kPoints; i++) points[i / kWindow][i % kWindow] = load(from + i * plane);
-        transform_window<kWindow, 3, transform_kernel_adjoint>(points, g);
-        for (int i = 0; i < 3; i++)
-          for (int j = 0; j < 3; j++) {
-            const int64_t p = tap(stride, phase / stride, i), q = tap(stride, phase % stride, j);
-            if (p >= 0 && q >= 0)
-              store(kernel + ((p * taps + q) * in.channels + c) * out.channels + o, g[i][j],
-                    first_lanes(out.channels - o));
-          }
+        const Lanes lanes = first_lanes(out.channels - o);
+        transform_window<kWindow, 3, transform_kernel_adjoint>(
+            [&](int i, int j) { return load(from + (i * kWindow + j) * plane); },
+            [&](int i, int j, Vector value) {
+              const int64_t p = tap(stride, phase / stride, i), q = tap(stride, phase % stride, j);
+              float* to = kernel + ((p * taps + q) * in.channels + c) * out.channels + o;
+              if (p >= 0 && q >= 0) store(to, value, lanes);
+            });
       }
   });
   return true;
