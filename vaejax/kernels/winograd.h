@@ -17,7 +17,7 @@
 
 #include "common.h"
 
-constexpr int64_t kBlock = 64, kAdjointBlock = 256;  // tiles at a time, few enough for a cache
+constexpr int64_t kBlock = 64, kAdjointBlock = 128;  // tiles at a time, few enough for a cache
 constexpr int64_t kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
 
 // The transforms of one direction, the rows or the columns of a window ----------------------------
@@ -219,9 +219,9 @@ static void transform_kernels(ffi::ThreadPool& pool, const float* kernel, const 
 static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel, const Grid& out,
                       bool adjoint) {
   const int64_t depth = in.depth(), width = out.padded_depth(), tiles = in.tiles();
-  static const int64_t kB = getenv("KB") ? atoi(getenv("KB")) : kBlock;
-  const int64_t pieces = workers(pool) * ((tiles + kB * workers(pool) - 1) / (kB * workers(pool)));
-  const int64_t block = (tiles + pieces - 1) / pieces;
+  // as many blocks for every thread, and all of one size
+  const int64_t blocks = ceil_to(ceil_to(tiles, kBlock) / kBlock, workers(pool));
+  const int64_t block = (tiles + blocks - 1) / blocks;
   const int64_t row = padded_stride(depth), u_plane = padded_stride(depth * width);
   const int64_t v_plane = padded_stride(block * row), m_plane = padded_stride(block * width);
   const int64_t items = (tiles + block - 1) / block;
