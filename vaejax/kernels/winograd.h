@@ -17,7 +17,9 @@
 
 #include "common.h"
 
-constexpr int64_t kBlock = 64, kAdjointBlock = 128;  // tiles at a time, few enough for a cache
+// Tiles at a time, few enough for a cache. The gradient of the kernel takes more where that many
+// floats suffice for their points: all threads wait for each other between two of its blocks.
+constexpr int64_t kBlock = 64, kAdjointBlock = 128, kAdjointFloats = 2 << 20;
 constexpr int64_t kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
 
 // The transforms of one direction, the rows or the columns of a window ----------------------------
@@ -255,7 +257,8 @@ static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel
 static bool correlate_adjoint(ffi::ThreadPool& pool, const Grid& in, const Grid& out,
                               float* kernel) {
   const int64_t depth = in.padded_depth(), width = out.padded_depth(), tiles = in.tiles();
-  const int64_t block = std::min(kAdjointBlock, tiles);
+  const int64_t most = std::max(kAdjointBlock, kAdjointFloats / (kPoints * (depth + width)));
+  const int64_t blocks = (tiles + most - 1) / most, block = (tiles + blocks - 1) / blocks;
   const int64_t panel = padded_stride(block * kLanes), plane = padded_stride(depth * width);
   const int64_t v_plane = depth / kLanes * panel, m_plane = width / kLanes * panel;
   Scratch scratch(kPoints * (plane + v_plane + m_plane));
