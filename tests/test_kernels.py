@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from numpy.typing import ArrayLike
 
 from vaejax import kernels
 from vaejax.models import convolution
@@ -25,7 +26,9 @@ pytestmark = [
 # tiles, and sizes that are not; an image no larger than a tile; more tiles than one block has
 WINOGRAD = [
     (2, 16, 16, 32, 64, 5, 2), (1, 8, 8, 16, 16, 5, 2), (3, 12, 20, 12, 40, 5, 2),
-    (1, 2, 6, 7, 5, 5, 2), (40, 16, 8, 5, 33, 5, 2), (300, 8, 8, 6, 6, 5, 2),
+    (1, 2, 6, 7, 5, 5, 2), (40, 16, 8, 5, 33, 5, 2), (800, 8, 8, 6, 6, 5, 2),
+    (2, 8, 8, 32, 64, 3, 1), (1, 4, 4, 16, 16, 3, 1), (3, 11, 9, 12, 40, 3, 1),
+    (1, 3, 5, 7, 5, 3, 1), (5, 33, 17, 5, 48, 3, 1), (70, 7, 6, 24, 12, 3, 1),
 ]  # fmt: skip
 WINDOWS = [
     (2, 16, 16, 3, 32, 5, 1), (1, 7, 9, 1, 8, 3, 1), (5, 12, 20, 3, 20, 5, 4),
@@ -41,7 +44,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def always_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels for small convolutions too, and as if there were only one device."""
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
-    monkeypatch.setattr(convolution, "MIN_TILES", 0)
+    monkeypatch.setattr(convolution, "winograd_is_faster", lambda *_: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -74,7 +77,7 @@ def test_values_and_gradients_are_those_of_xla_in_double_precision(layer, case, 
 
 
 @pytest.mark.usefixtures("always_native")
-@pytest.mark.parametrize("case", [WINOGRAD[2], WINDOWS[2]], ids=str)
+@pytest.mark.parametrize("case", [WINOGRAD[2], WINOGRAD[8], WINDOWS[2]], ids=str)
 @pytest.mark.parametrize("layer", [convolve, convolve_transposed], ids=lambda f: f.__name__)
 def test_gradients_agree_with_finite_differences(layer, case):
     b, h, w, c, o, taps, stride = case
@@ -86,7 +89,7 @@ def test_gradients_agree_with_finite_differences(layer, case):
 
 
 @pytest.mark.usefixtures("always_native")
-@pytest.mark.parametrize("case", [WINOGRAD[2], WINDOWS[2]], ids=str)
+@pytest.mark.parametrize("case", [WINOGRAD[2], WINOGRAD[8], WINDOWS[2]], ids=str)
 def test_an_image_does_not_affect_the_others_of_its_batch(case):
     b, h, w, c, o, taps, stride = case
     image, kernel = normal(b, h, w, c), normal(taps, taps, c, o, seed=1)
@@ -101,6 +104,45 @@ def test_an_image_does_not_affect_the_others_of_its_batch(case):
         assert np.isfinite(y[2]).all()
 
 
+# (images, height, width, channels, features) of convolutions by 3x3 kernels with stride 1
+ODD = [
+    (1, 5, 5, 3, 65), (2, 7, 33, 17, 3), (3, 9, 6, 65, 24), (4, 33, 10, 12, 16),
+    (5, 13, 13, 31, 33), (1, 16, 5, 48, 47), (2, 6, 7, 64, 15), (5, 32, 31, 4, 12),
+]  # fmt: skip
+
+
+def direct_sum(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Convolve by 3x3 kernels with stride 1 in float64, tap by tap."""
+    b, h, w, _ = image.shape
+    padded = np.pad(image.astype(float), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    y = np.zeros((b, h, w, kernel.shape[3]))
+    for p in range(3):
+        for q in range(3):
+            y += padded[:, p : p + h, q : q + w] @ kernel[p, q].astype(float)
+    return y
+
+
+def inner(a: ArrayLike, b: ArrayLike) -> float:
+    return float(np.vdot(np.asarray(a, float), np.asarray(b, float)))
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_winograd_of_stride_1_is_the_direct_sum_and_its_gradients_are_the_adjoints(shape):
+    """<convolve(x, w), y> = <x, input_gradient(y, w)> = <w, kernel_gradient(x, y)>"""
+    b, h, w, c, o = shape
+    image, kernel, y = normal(b, h, w, c), normal(3, 3, c, o, seed=1), normal(b, h, w, o, seed=2)
+    x, k, g = map(jnp.asarray, (image, kernel, y))
+    expected = direct_sum(image, kernel)
+    forward = np.asarray(kernels.forward("winograd", x, k, stride=1))
+    assert np.linalg.norm(forward - expected) < 2e-5 * np.linalg.norm(expected)
+    tolerance = 1e-6 * float(np.linalg.norm(expected) * np.linalg.norm(y))
+    for a, dual in (
+        (image, kernels.input_gradient("winograd", g, k, (h, w), stride=1)),
+        (kernel, kernels.kernel_gradient("winograd", x, g, (3, 3), stride=1)),
+    ):
+        assert inner(a, dual) == pytest.approx(inner(expected, y), rel=0, abs=tolerance)
+
+
 def test_the_report_s_layers_use_the_kernels(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     algorithms = [
@@ -113,13 +155,40 @@ def test_the_report_s_layers_use_the_kernels(monkeypatch):
     assert algorithms == ["windows", *["winograd"] * 4, "windows"]
 
 
+def test_a_residual_network_s_layers_use_the_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for size, c, o in [
+        (32, 24, 24), (32, 24, 12), (32, 48, 48), (16, 48, 48), (16, 64, 64), (16, 192, 192),
+        (8, 96, 96), (8, 128, 128), (4, 144, 144), (33, 5, 7),
+    ]:  # fmt: skip
+        assert native_algorithm((16, size, size, c), (3, 3, c, o), 1, jnp.zeros(1)) == "winograd"
+
+
+def test_convolutions_for_which_winograd_is_slower_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for image, kernel, stride in [
+        ((64, 2, 2, 128), (3, 3, 128, 128), 1),  # three quarters of every tile are empty
+        ((128, 4, 4, 128), (5, 5, 128, 256), 2),
+        ((1, 8, 8, 64), (3, 3, 64, 64), 1),  # too few tiles
+        ((16, 4, 4, 512), (3, 3, 512, 512), 1),
+        ((16, 8, 8, 64), (3, 3, 64, 64), 2),  # another stride
+    ]:
+        assert native_algorithm(image, kernel, stride, jnp.zeros(1)) is None
+
+
 def test_other_dtypes_and_sizes_and_several_devices_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     image, kernel = (128, 64, 64, 32), (5, 5, 32, 64)
     single, half = jnp.zeros(1), jnp.zeros(1, jnp.bfloat16)
+    with jax.enable_x64(True):
+        double = jnp.zeros(1)
     assert native_algorithm(image, kernel, 2, single) == "winograd"
     assert native_algorithm(image, kernel, 2, half, half) is None
     assert native_algorithm(image, kernel, 2, single, half) is None
+    assert native_algorithm(image, kernel, 2, double) is None
+    assert native_algorithm(image, (3, 3, 32, 64), 1, single) == "winograd"
+    assert native_algorithm(image, (3, 3, 32, 64), 1, half, half) is None
+    assert native_algorithm(image, (3, 3, 32, 64), 1, double) is None
     assert native_algorithm(image, (3, 3, 32, 64), 2, single) is None
     assert native_algorithm((128, 63, 64, 32), kernel, 2, single) is None
     assert native_algorithm((32, 8, 8, 8), (5, 5, 8, 4), 2, single) is None  # too little work
@@ -172,12 +241,13 @@ if sys.argv[2] == "one":
 import jax, numpy as np
 from vaejax import kernels
 from vaejax.models.convolution import convolve, convolve_transposed
-def loss(a, b, x):
+def loss(a, b, c, x):
     features = convolve(x, a, stride=2)
+    features = convolve(features, c, stride=1)
     return (convolve_transposed(features, b, stride=2) ** 2).mean()
-x, a, b = (np.sin(np.arange(np.prod(shape)) ** 2).astype(np.float32).reshape(shape)
-           for shape in [(64, 32, 32, 16), (5, 5, 16, 40), (5, 5, 3, 40)])
-gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(a, b, x)
+x, a, b, c = (np.sin(np.arange(np.prod(shape)) ** 2).astype(np.float32).reshape(shape)
+              for shape in [(64, 32, 32, 16), (5, 5, 16, 40), (5, 5, 3, 24), (3, 3, 40, 24)])
+gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(a, b, c, x)
 np.savez(sys.argv[1], *gradients)
 print(kernels.unavailable_reason())
 """

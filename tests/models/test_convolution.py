@@ -173,6 +173,17 @@ def test_gradients_agree_with_finite_differences(layer: Callable, stride: int, s
     check_grads(nonlinear, (x, kernel), modes=["rev"], order=1, rtol=1e-6, atol=1e-6, eps=1e-5)
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_3x3_convolution_in_double_precision_is_xla_s_and_its_gradients_are_consistent() -> None:
+    x, kernel = normal(8, 12, 12, 5), normal(3, 3, 5, 24, seed=1)
+    layer = partial(convolve, stride=1)
+    program = str(jax.make_jaxpr(partial(values_and_gradients, layer))(x, kernel))
+    assert "ffi_call" not in program
+    assert program.count("conv_general_dilated") >= 3
+    nonlinear = jax.jit(lambda x, kernel: jnp.sin(layer(x, kernel)))
+    check_grads(nonlinear, (x, kernel), modes=["rev"], order=1)
+
+
 @pytest.mark.parametrize("stride", STRIDES)
 def test_bfloat16_is_summed_in_float32_and_rounded_once(stride: int) -> None:
     x, kernel = normal(4, 16, 16, 32, dtype="bfloat16"), normal(5, 5, 32, 32, dtype="bfloat16")

@@ -31,7 +31,8 @@ from jaxtyping import Array, Float
 from vaejax.files import cache_folder
 from vaejax.system import processor_id
 
-# "winograd": 5x5 kernels of stride 2, by Winograd's minimal filtering.
+# "winograd": 3x3 kernels of stride 1 and 5x5 kernels of stride 2, whose stride divides the image's
+# sides, by Winograd's minimal filtering.
 # "windows": few input channels, any square kernel and stride, by products with the image's windows.
 Algorithm = Literal["winograd", "windows"]
 
@@ -122,10 +123,10 @@ def forward(
 ) -> Float[Array, "b i j o"]:
     """Convolve an image with a kernel, with "same" padding.
 
-    "windows" needs the `stride`, and as `top` and `left` the zeros in front of the image's rows and
-    columns; "winograd" takes no `window`.
+    Both algorithms need the `stride`; "windows" also needs, as `top` and `left`, the zeros in front
+    of the image's rows and columns.
     """
-    stride = window.get("stride", 2)
+    stride = window["stride"]
     b, h, w, _ = image.shape
     shape = (b, -(-h // stride), -(-w // stride), kernel.shape[3])
     return _call(f"vaejax_{algorithm}_forward", shape, image, kernel, window)

@@ -18,6 +18,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -38,21 +41,41 @@ typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 
 static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-// The first `count` floats of a vector, the others zero.
-static inline Vector load(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
+
+// Which lanes of a vector to load or to store: the first `count`, all of them if there are fewer.
+// kAllLanes & lanes are those lanes.
+#if defined(__AVX512F__)
+typedef __mmask16 Lanes;
+constexpr Lanes kAllLanes = 0xffff;
+static inline Lanes first_lanes(int64_t count) {
+  return count >= kLanes ? kAllLanes : (1 << count) - 1;
+}
+// The other lanes are zero, and their memory is not read.
+static inline Vector load(const float* from, Lanes lanes) {
+  return (Vector)_mm512_maskz_loadu_ps(lanes, from);
+}
+static inline void store(float* to, Vector value, Lanes lanes) {
+  _mm512_mask_storeu_ps(to, lanes, (__m512)value);
+}
+#else
+typedef int64_t Lanes;  // their number
+constexpr Lanes kAllLanes = -1;
+static inline Lanes first_lanes(int64_t count) { return std::min(count, kLanes); }
+static inline Vector load(const float* from, Lanes lanes) {
+  if (lanes == kLanes) return load(from);
   Vector value = {};
-  std::memcpy(&value, from, 4 * count);
+  if (lanes) std::memcpy(&value, from, 4 * lanes);
   return value;
 }
-static inline void store(float* to, Vector value, int64_t count) {
-  if (count >= kLanes) return store(to, value);
-  std::memcpy(to, &value, 4 * count);
+static inline void store(float* to, Vector value, Lanes lanes) {
+  if (lanes == kLanes) return store(to, value);
+  if (lanes) std::memcpy(to, &value, 4 * lanes);
 }
-// A stride for rows of n floats. Strides of a multiple of the page size would map all rows to the
-// same few sets of the cache.
-static inline int64_t padded_stride(int64_t n) { return n + 3 * kLanes; }
+#endif
 static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// A stride for rows of n floats: an odd number of vectors, with up to one of them unused. Strides of
+// a multiple of the page size would map all rows to the same few sets of the cache.
+static inline int64_t padded_stride(int64_t n) { return ceil_to(n, 2 * kLanes) + kLanes; }
 
 static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
@@ -137,40 +160,35 @@ class Scratch {
 
 // Matrix products ---------------------------------------------------------------------------------
 
-// c = a b, or c += a b if `add`, for a [kHeight, depth] and b [depth, kPanel], one row of registers
-// for each row of c. `row` and `column` are the strides of a, which may be a transposed matrix; ldb
-// and ldc are those of the rows of b and c. The right half of a row of b lies `right` floats behind
-// the left one.
-template <int kHeight>
+// c = a b, or c += a b if `add`, for a [kHeight, depth] and b [depth, kVectors * kLanes], one row of
+// registers for each row of c. `row` and `column` are the strides of a, which may be a transposed
+// matrix; ldb and ldc are those of the rows of b and c. The second vector of a row of b lies `right`
+// floats behind the first.
+template <int kHeight, int kVectors>
 static inline void multiply_block(int64_t depth, const float* a, int64_t row, int64_t column,
                                   const float* b, int64_t ldb, int64_t right, float* c,
                                   int64_t ldc, bool add) {
-  Vector sum[kHeight][2];
-  for (int i = 0; i < kHeight; i++) {
-    sum[i][0] = add ? load(c + i * ldc) : Vector{};
-    sum[i][1] = add ? load(c + i * ldc + kLanes) : Vector{};
-  }
+  Vector sum[kHeight][kVectors];
+  for (int i = 0; i < kHeight; i++)
+    for (int j = 0; j < kVectors; j++) sum[i][j] = add ? load(c + i * ldc + j * kLanes) : Vector{};
   for (int64_t k = 0; k < depth; k++, a += column, b += ldb) {
-    const Vector left_half = load(b), right_half = load(b + right);
+    Vector factors[kVectors];
+    for (int j = 0; j < kVectors; j++) factors[j] = load(b + j * right);
 #pragma GCC unroll 16
-    for (int i = 0; i < kHeight; i++) {
-      const float factor = a[i * row];
-      sum[i][0] += factor * left_half;
-      sum[i][1] += factor * right_half;
-    }
+    for (int i = 0; i < kHeight; i++)
+      for (int j = 0; j < kVectors; j++) sum[i][j] += a[i * row] * factors[j];
   }
-  for (int i = 0; i < kHeight; i++) {
-    store(c + i * ldc, sum[i][0]);
-    store(c + i * ldc + kLanes, sum[i][1]);
-  }
+  for (int i = 0; i < kHeight; i++)
+    for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
 // The same for any number of rows: blocks of kHeight rows, then one lower block.
-template <int kHeight = kRows>
+template <int kHeight = kRows, int kVectors = 2>
 static void multiply(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column,
                      const float* b, int64_t ldb, int64_t right, float* c, int64_t ldc, bool add) {
   for (; rows >= kHeight; rows -= kHeight, a += kHeight * row, c += kHeight * ldc)
-    multiply_block<kHeight>(depth, a, row, column, b, ldb, right, c, ldc, add);
+    multiply_block<kHeight, kVectors>(depth, a, row, column, b, ldb, right, c, ldc, add);
   if constexpr (kHeight > 1)
-    if (rows) multiply<kHeight - 1>(rows, depth, a, row, column, b, ldb, right, c, ldc, add);
+    if (rows)
+      multiply<kHeight - 1, kVectors>(rows, depth, a, row, column, b, ldb, right, c, ldc, add);
 }

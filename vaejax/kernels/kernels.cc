@@ -15,26 +15,25 @@ static ffi::Error status(bool had_memory) {
 
 // The names of the arrays are those of a convolution from `image` to `features`.
 
-static Grid image_grid(In image) {
-  const auto size = image.dimensions();
-  return {image.typed_data(), size[0], size[1] / 2, size[2] / 2, size[3], 4};
+static Grid grid(const In& array, int64_t stride) {
+  const auto size = array.dimensions();
+  return {array.typed_data(), size[0], size[1] / stride, size[2] / stride, size[3], stride};
 }
-static Grid feature_grid(const In& features) {
-  const auto size = features.dimensions();
-  return {features.typed_data(), size[0], size[1], size[2], size[3], 1};
-}
-static ffi::Error WinogradForward(ffi::ThreadPool pool, In image, In kernel, Out features) {
+static ffi::Error WinogradForward(ffi::ThreadPool pool, int64_t stride, In image, In kernel,
+                                  Out features) {
   return status(
-      correlate(pool, image_grid(image), kernel.typed_data(), feature_grid(*features), false));
+      correlate(pool, grid(image, stride), kernel.typed_data(), grid(*features, 1), false));
 }
-// takes the kernel as [5, 5, features, image]
-static ffi::Error WinogradInputGradient(ffi::ThreadPool pool, In features, In kernel, Out image) {
+// takes the kernel as [taps, taps, features, image]
+static ffi::Error WinogradInputGradient(ffi::ThreadPool pool, int64_t stride, In features,
+                                        In kernel, Out image) {
   return status(
-      correlate(pool, feature_grid(features), kernel.typed_data(), image_grid(*image), true));
+      correlate(pool, grid(features, 1), kernel.typed_data(), grid(*image, stride), true));
 }
-static ffi::Error WinogradKernelGradient(ffi::ThreadPool pool, In image, In features, Out kernel) {
+static ffi::Error WinogradKernelGradient(ffi::ThreadPool pool, int64_t stride, In image,
+                                         In features, Out kernel) {
   return status(
-      correlate_adjoint(pool, image_grid(image), feature_grid(features), kernel->typed_data()));
+      correlate_adjoint(pool, grid(image, stride), grid(features, 1), kernel->typed_data()));
 }
 
 static Windows windows(const In& image, const In& kernel, const In& features, int64_t stride,
@@ -76,7 +75,13 @@ static ffi::Error SquaredNorm(ffi::ThreadPool pool, Any x, ffi::Result<Any> sum)
   return ffi::Error::Success();
 }
 
-#define WINOGRAD ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Ret<In>()
+#define WINOGRAD               \
+  ffi::Ffi::Bind()             \
+      .Ctx<ffi::ThreadPool>()  \
+      .Attr<int64_t>("stride") \
+      .Arg<In>()               \
+      .Arg<In>()               \
+      .Ret<In>()
 #define WINDOWS                \
   ffi::Ffi::Bind()             \
       .Ctx<ffi::ThreadPool>()  \

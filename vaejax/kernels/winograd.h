@@ -1,8 +1,8 @@
-// Convolutions by 5x5 kernels with stride 2.
+// Convolutions by 3x3 kernels with stride 1, and by 5x5 kernels with stride 2.
 //
-// Split the image into four phases, by whether the row and the column of a pixel are even or odd,
-// and put them side by side as channels: the convolution becomes one of 3x3 taps with stride 1. In
-// a direction where the phase is even, the first of the three taps is zero.
+// With stride 2, split the image into four phases, by whether the row and the column of a pixel are
+// even or odd, and put them side by side as channels: the convolution becomes one of 3x3 taps with
+// stride 1. In a direction where the phase is even, the first of the three taps is zero.
 //
 // Winograd's F(4x4, 3x3) (Lavin and Gray, 2016, section 4) computes it in tiles of 6x6 inputs and
 // 4x4 outputs, by 36 matrix products with a quarter of the multiplications. ' is the transpose:
@@ -17,7 +17,9 @@
 
 #include "common.h"
 
-constexpr int64_t kBlock = 64, kAdjointBlock = 256;  // tiles at a time, few enough for a cache
+// Tiles at a time, few enough for a cache. The gradient of the kernel takes more where that many
+// floats suffice for their points: all threads wait for each other between two of its blocks.
+constexpr int64_t kBlock = 64, kAdjointBlock = 128, kAdjointFloats = 2 << 20;
 constexpr int64_t kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
 
 // The transforms of one direction, the rows or the columns of a window ----------------------------
@@ -67,90 +69,124 @@ static inline void transform_outputs_adjoint(const Vector y[4], Vector m[6]) {  
 
 // Both directions ---------------------------------------------------------------------------------
 
-// Apply a transform to the columns and then to the rows of [kIn, kIn] vectors.
-template <int kIn, int kOut, void (*transform)(const Vector*, Vector*)>
-static inline void transform_window(const Vector in[kIn][kIn], Vector out[kOut][kOut]) {
-  Vector half[kOut][kIn], column[kIn], transformed[kOut];
+// Apply a transform to the columns and then to the rows of kIn x kIn vectors: get(i, j) returns
+// those, and put(i, j, vector) takes the kOut x kOut results.
+template <int kIn, int kOut, void (*transform)(const Vector*, Vector*), typename Get, typename Put>
+static inline void transform_window(Get get, Put put) {
+  Vector half[kOut][kIn];
+#pragma GCC unroll 6
   for (int j = 0; j < kIn; j++) {
-    for (int i = 0; i < kIn; i++) column[i] = in[i][j];
+    Vector column[kIn], transformed[kOut];
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; i++) column[i] = get(i, j);
     transform(column, transformed);
+#pragma GCC unroll 6
     for (int i = 0; i < kOut; i++) half[i][j] = transformed[i];
   }
-  for (int i = 0; i < kOut; i++) transform(half[i], out[i]);
+#pragma GCC unroll 6
+  for (int i = 0; i < kOut; i++) {
+    Vector transformed[kOut];
+    transform(half[i], transformed);
+#pragma GCC unroll 6
+    for (int j = 0; j < kOut; j++) put(i, j, transformed[j]);
+  }
 }
 
-// An array [images, height, width, channels] as the 3x3 convolution sees it. With four phases,
-// `data` is the image, of twice the height and width; with one, it is the convolution's output.
+// A square of pixels of one phase; `rows` and `columns` have no lanes where it is out of the image.
+template <int kSide>
+struct Square {
+  float* first;
+  int64_t row_stride, column_stride;
+  Lanes rows[kSide], columns[kSide];
+
+  float* at(int i, int j) const { return first + i * row_stride + j * column_stride; }
+};
+
+// An array as the 3x3 convolution sees it: `data` is [images, stride * height, stride * width,
+// channels]. The stride is the convolution's for its image, and 1 for its output.
 struct Grid {
   float* data;
-  int64_t images, height, width, channels, phases;  // channels of a phase; phases is 1 or 4
+  int64_t images, height, width, channels, stride;  // height, width and channels of a phase
 
+  int64_t phases() const { return stride * stride; }
+  int64_t depth() const { return phases() * channels; }
+  // the same with every phase in whole vectors
   int64_t padded_channels() const { return ceil_to(channels, kLanes); }
-  int64_t depth() const { return phases * padded_channels(); }  // channels of all phases
+  int64_t padded_depth() const { return phases() * padded_channels(); }
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
   int64_t tile_rows() const { return (height + kTile - 1) / kTile; }
   int64_t tile_columns() const { return (width + kTile - 1) / kTile; }
-  bool has(int64_t y, int64_t x) const { return 0 <= y && y < height && 0 <= x && x < width; }
-  float* at(int64_t image, int64_t y, int64_t x, int64_t phase) const {
-    const int64_t step = phases == 4 ? 2 : 1;
-    const int64_t row = image * step * height + step * y + phase / 2;
-    return data + (row * step * width + step * x + phase % 2) * channels;
+  // Return the square that begins `before` pixels above and left of a tile.
+  template <int kSide>
+  Square<kSide> square(int64_t tile, int64_t before, int64_t phase) const {
+    const int64_t x = tile % tile_columns() * kTile - before, tile_row = tile / tile_columns();
+    const int64_t y = tile_row % tile_rows() * kTile - before, image = tile_row / tile_rows();
+    const int64_t row = (image * height + y) * stride + phase / stride;
+    const int64_t column = x * stride + phase % stride;
+    Square<kSide> square = {data + (row * stride * width + column) * channels,
+                            stride * stride * width * channels, stride * channels};
+    for (int i = 0; i < kSide; i++) {
+      square.rows[i] = 0 <= y + i && y + i < height ? kAllLanes : 0;
+      square.columns[i] = 0 <= x + i && x + i < width ? kAllLanes : 0;
+    }
+    return square;
   }
 };
 
-// Transform the window of kSide x kSide pixels that begins `before` pixels above and left of a
-// tile, for all its channels. `plane` is the stride of the 36 points in `out`, and `unit` that of
-// the vectors of channels.
+// Where a tile's points are stored: the strides, in floats, of the vectors of channels, of the
+// phases and of the 36 points.
+struct Strides {
+  int64_t vector, phase, point;
+};
+
+// Transform the kSide x kSide pixels that begin `before` pixels above and left of a tile, for all
+// its channels. The last vector of a phase is stored with zeros behind its channels.
 template <int kSide, int64_t before, void (*transform)(const Vector*, Vector*)>
-static void gather(const Grid& grid, int64_t tile, float* out, int64_t unit, int64_t plane) {
-  const int64_t columns = grid.tile_columns(), rows = grid.tile_rows();
-  const int64_t x = tile % columns * kTile - before;
-  const int64_t y = tile / columns % rows * kTile - before, image = tile / columns / rows;
-  for (int64_t phase = 0; phase < grid.phases; phase++) {
-    const float* from[kSide][kSide];
-    for (int i = 0; i < kSide; i++)
-      for (int j = 0; j < kSide; j++)
-        from[i][j] = grid.has(y + i, x + j) ? grid.at(image, y + i, x + j, phase) : nullptr;
-    for (int64_t c = 0; c < grid.padded_channels(); c += kLanes) {
-      Vector window[kSide][kSide], points[kWindow][kWindow];
-      for (int i = 0; i < kSide; i++)
-        for (int j = 0; j < kSide; j++)
-          window[i][j] = from[i][j] ? load(from[i][j] + c, grid.channels - c) : Vector{};
-      transform_window<kSide, kWindow, transform>(window, points);
-      float* to = out + (phase * grid.padded_channels() + c) / kLanes * unit;
-      for (int i = 0; i < kPoints; i++) store(to + i * plane, points[i / kWindow][i % kWindow]);
+static void gather(const Grid& grid, int64_t tile, float* out, const Strides& strides) {
+  for (int64_t phase = 0; phase < grid.phases(); phase++) {
+    const auto square = grid.square<kSide>(tile, before, phase);
+    float* to = out + phase * strides.phase;
+    for (int64_t c = 0; c < grid.channels; c += kLanes, to += strides.vector) {
+      const Lanes lanes = first_lanes(grid.channels - c);
+      transform_window<kSide, kWindow, transform>(
+          [&](int i, int j) {
+            return load(square.at(i, j) + c, lanes & square.rows[i] & square.columns[j]);
+          },
+          [&](int i, int j, Vector value) { store(to + (i * kWindow + j) * strides.point, value); });
     }
   }
 }
 
-// Compute the outputs of a tile from its points in M; `plane` is the stride of the 36 points.
-static void scatter(const Grid& grid, int64_t tile, const float* m, int64_t plane) {
-  const int64_t columns = grid.tile_columns(), rows = grid.tile_rows();
-  const int64_t x = tile % columns * kTile, y = tile / columns % rows * kTile;
-  const int64_t image = tile / columns / rows;
-  for (int64_t phase = 0; phase < grid.phases; phase++)
-    for (int64_t c = 0; c < grid.channels; c += kLanes) {
-      const float* from = m + phase * grid.padded_channels() + c;
-      Vector points[kWindow][kWindow], outputs[kTile][kTile];
-      for (int i = 0; i < kPoints; i++) points[i / kWindow][i % kWindow] = load(from + i * plane);
-      transform_window<kWindow, kTile, transform_outputs>(points, outputs);
-      for (int i = 0; i < kTile; i++)
-        for (int j = 0; j < kTile; j++)
-          if (grid.has(y + i, x + j))
-            store(grid.at(image, y + i, x + j, phase) + c, outputs[i][j], grid.channels - c);
+// Compute the outputs of a tile from its points in M.
+static void scatter(const Grid& grid, int64_t tile, const float* m, const Strides& strides) {
+  for (int64_t phase = 0; phase < grid.phases(); phase++) {
+    const auto square = grid.square<kTile>(tile, 0, phase);
+    const float* from = m + phase * strides.phase;
+    for (int64_t c = 0; c < grid.channels; c += kLanes, from += strides.vector) {
+      const Lanes lanes = first_lanes(grid.channels - c);
+      transform_window<kWindow, kTile, transform_outputs>(
+          [&](int i, int j) { return load(from + (i * kWindow + j) * strides.point); },
+          [&](int i, int j, Vector value) {
+            store(square.at(i, j) + c, value, lanes & square.rows[i] & square.columns[j]);
+          });
     }
+  }
 }
 
 // Kernels -----------------------------------------------------------------------------------------
 
-// Which of the five taps of a direction is the t-th of the three of a phase; -1 for none.
-static inline int64_t tap(int64_t phase, int64_t t) { return 2 * t - 1 + phase; }
+// Which of the 2 * stride + 1 taps of a direction is the t-th of the three of a phase; -1 for none.
+static inline int64_t tap(int64_t stride, int64_t phase, int64_t t) {
+  return stride * (t - 1) + 1 + phase;
+}
 
-// Compute U, in panels of kPanel columns, from the kernel as [5, 5, in.channels, out.channels]. The
-// phases are those of the input; with `adjoint` those of the output, and the taps are reversed.
+// Compute U, in panels of kPanel columns and a last one of kLanes if there is one more vector, from
+// the kernel as [taps, taps, in.channels, out.channels]. The phases are those of the input; with
+// `adjoint` those of the output, and the taps are reversed.
 static void transform_kernels(ffi::ThreadPool& pool, const float* kernel, const Grid& in,
-                          const Grid& out, bool adjoint, float* u) {
-  const int64_t depth = in.depth(), width = ceil_to(out.depth(), kPanel);
+                              const Grid& out, bool adjoint, float* u) {
+  const int64_t depth = in.depth(), width = out.padded_depth();
+  const int64_t stride = std::max(in.stride, out.stride), taps = 2 * stride + 1;
   const int64_t plane = padded_stride(depth * width);
   constexpr int64_t kRowsPerItem = 64;
   const int64_t pieces = (depth + kRowsPerItem - 1) / kRowsPerItem;
@@ -158,21 +194,20 @@ static void transform_kernels(ffi::ThreadPool& pool, const float* kernel, const 
     const int64_t n = item / pieces * kLanes, o = n % out.padded_channels();
     const int64_t first = item % pieces * kRowsPerItem;
     const int64_t last = std::min(depth, first + kRowsPerItem);
+    const int64_t panel = n / kPanel * kPanel;
+    const Lanes lanes = first_lanes(out.channels - o);
     for (int64_t k = first; k < last; k++) {
-      const int64_t c = k % in.padded_channels();
-      const int64_t phase = adjoint ? n / out.padded_channels() : k / in.padded_channels();
-      const int64_t left = n < out.depth() && c < in.channels ? out.channels - o : 0;
-      Vector taps[3][3], points[kWindow][kWindow];
-      for (int i = 0; i < 3; i++)
-        for (int j = 0; j < 3; j++) {
-          const int64_t p = tap(phase / 2, adjoint ? 2 - i : i);
-          const int64_t q = tap(phase % 2, adjoint ? 2 - j : j);
-          const float* from = kernel + ((p * 5 + q) * in.channels + c) * out.channels + o;
-          taps[i][j] = p < 0 || q < 0 || left <= 0 ? Vector{} : load(from, left);
-        }
-      transform_window<3, kWindow, transform_kernel>(taps, points);
-      float* to = u + n / kPanel * depth * kPanel + k * kPanel + n % kPanel;
-      for (int i = 0; i < kPoints; i++) store(to + i * plane, points[i / kWindow][i % kWindow]);
+      const int64_t c = k % in.channels;
+      const int64_t phase = adjoint ? n / out.padded_channels() : k / in.channels;
+      float* to = u + panel * depth + k * std::min(kPanel, width - panel) + n % kPanel;
+      transform_window<3, kWindow, transform_kernel>(
+          [&](int i, int j) {
+            const int64_t p = tap(stride, phase / stride, adjoint ? 2 - i : i);
+            const int64_t q = tap(stride, phase % stride, adjoint ? 2 - j : j);
+            const float* from = kernel + ((p * taps + q) * in.channels + c) * out.channels + o;
+            return p < 0 || q < 0 ? Vector{} : load(from, lanes);
+          },
+          [&](int i, int j, Vector value) { store(to + (i * kWindow + j) * plane, value); });
     }
   });
 }
@@ -185,9 +220,10 @@ static void transform_kernels(ffi::ThreadPool& pool, const float* kernel, const 
 // `out` its image.
 static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel, const Grid& out,
                       bool adjoint) {
-  const int64_t depth = in.depth(), width = ceil_to(out.depth(), kPanel), tiles = in.tiles();
-  const int64_t share = (tiles + workers(pool) - 1) / workers(pool);
-  const int64_t block = std::min(kBlock, ceil_to(share, kRows));
+  const int64_t depth = in.depth(), width = out.padded_depth(), tiles = in.tiles();
+  // as many blocks for every thread, and all of one size
+  const int64_t blocks = ceil_to(ceil_to(tiles, kBlock) / kBlock, workers(pool));
+  const int64_t block = (tiles + blocks - 1) / blocks;
   const int64_t row = padded_stride(depth), u_plane = padded_stride(depth * width);
   const int64_t v_plane = padded_stride(block * row), m_plane = padded_stride(block * width);
   const int64_t items = (tiles + block - 1) / block;
@@ -195,17 +231,24 @@ static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel
   float* u = scratch.take(kPoints * u_plane);
   if (!u) return false;
   transform_kernels(pool, kernel, in, out, adjoint, u);
+  const Strides v_strides = {kLanes, in.channels, v_plane};
+  const Strides m_strides = {kLanes, out.padded_channels(), m_plane};
   parallel(pool, items, [&](int64_t item, int64_t worker) {
     float* v = u + kPoints * (u_plane + worker * (v_plane + m_plane));
     float* m = v + kPoints * v_plane;
     const int64_t first = item * block, count = std::min(block, tiles - first);
     for (int64_t t = 0; t < count; t++)
-      gather<kWindow, 1, transform_inputs>(in, first + t, v + t * row, kLanes, v_plane);
-    for (int64_t point = 0; point < kPoints; point++)
-      for (int64_t n = 0; n < width; n += kPanel)
-        multiply(count, depth, v + point * v_plane, row, 1, u + point * u_plane + n * depth, kPanel,
-                 kLanes, m + point * m_plane + n, width, false);
-    for (int64_t t = 0; t < count; t++) scatter(out, first + t, m + t * width, m_plane);
+      gather<kWindow, 1, transform_inputs>(in, first + t, v + t * row, v_strides);
+    for (int64_t point = 0; point < kPoints; point++) {
+      const float *a = v + point * v_plane, *b = u + point * u_plane;
+      float* c = m + point * m_plane;
+      int64_t n = 0;
+      for (; n + kPanel <= width; n += kPanel)
+        multiply(count, depth, a, row, 1, b + n * depth, kPanel, kLanes, c + n, width, false);
+      if (n < width)
+        multiply<kRows, 1>(count, depth, a, row, 1, b + n * depth, kLanes, 0, c + n, width, false);
+    }
+    for (int64_t t = 0; t < count; t++) scatter(out, first + t, m + t * width, m_strides);
   });
   return true;
 }
@@ -213,8 +256,9 @@ static bool correlate(ffi::ThreadPool& pool, const Grid& in, const float* kernel
 // Compute the gradient of the kernel from the image `in` and the gradient `out` of the output.
 static bool correlate_adjoint(ffi::ThreadPool& pool, const Grid& in, const Grid& out,
                               float* kernel) {
-  const int64_t depth = in.depth(), width = ceil_to(out.depth(), kPanel), tiles = in.tiles();
-  const int64_t block = std::min(kAdjointBlock, tiles);
+  const int64_t depth = in.padded_depth(), width = out.padded_depth(), tiles = in.tiles();
+  const int64_t most = std::max(kAdjointBlock, kAdjointFloats / (kPoints * (depth + width)));
+  const int64_t blocks = (tiles + most - 1) / most, block = (tiles + blocks - 1) / blocks;
   const int64_t panel = padded_stride(block * kLanes), plane = padded_stride(depth * width);
   const int64_t v_plane = depth / kLanes * panel, m_plane = width / kLanes * panel;
   Scratch scratch(kPoints * (plane + v_plane + m_plane));
@@ -222,40 +266,47 @@ static bool correlate_adjoint(ffi::ThreadPool& pool, const Grid& in, const Grid&
   float* v = scratch.take(kPoints * v_plane);
   float* m = scratch.take(kPoints * m_plane);
   if (!u) return false;
+  const Strides v_strides = {panel, in.padded_channels() / kLanes * panel, v_plane};
+  const Strides m_strides = {panel, 0, m_plane};
   constexpr int64_t kTiles = 4;  // of an item
-  if (width != out.depth()) std::memset(m, 0, 4 * kPoints * m_plane);
   for (int64_t first = 0; first < tiles; first += block) {
     const int64_t count = std::min(block, tiles - first);
     parallel(pool, (count + kTiles - 1) / kTiles, [&](int64_t item, int64_t) {
       for (int64_t t = item * kTiles; t < std::min(count, (item + 1) * kTiles); t++) {
-        gather<kWindow, 1, transform_inputs>(in, first + t, v + t * kLanes, panel, v_plane);
-        gather<kTile, 0, transform_outputs_adjoint>(out, first + t, m + t * kLanes, panel,
-                                                    m_plane);
+        gather<kWindow, 1, transform_inputs>(in, first + t, v + t * kLanes, v_strides);
+        gather<kTile, 0, transform_outputs_adjoint>(out, first + t, m + t * kLanes, m_strides);
       }
     });
-    const int64_t panels = width / kPanel;
+    const int64_t panels = ceil_to(width, kPanel) / kPanel;
     parallel(pool, kPoints * panels, [&](int64_t item, int64_t) {
       const int64_t point = item / panels, n = item % panels * kPanel;
-      for (int64_t k = 0; k < depth; k += kLanes)
-        multiply<kTransposedRows>(kLanes, count, v + point * v_plane + k / kLanes * panel, 1,
-                                  kLanes, m + point * m_plane + n / kLanes * panel, kLanes, panel,
-                                  u + point * plane + k * width + n, width, first > 0);
+      const float* b = m + point * m_plane + n / kLanes * panel;
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const float* a = v + point * v_plane + k / kLanes * panel;
+        float* c = u + point * plane + k * width + n;
+        const int64_t rows = std::min(kLanes, in.channels - k % in.padded_channels());
+        if (n + kPanel <= width)
+          multiply<kTransposedRows>(rows, count, a, 1, kLanes, b, kLanes, panel, c, width,
+                                    first > 0);
+        else
+          multiply<kTransposedRows, 1>(rows, count, a, 1, kLanes, b, kLanes, 0, c, width,
+                                       first > 0);
+      }
     });
   }
+  const int64_t stride = in.stride, taps = 2 * stride + 1;
   parallel(pool, in.channels, [&](int64_t c, int64_t) {
-    for (int64_t phase = 0; phase < in.phases; phase++)
+    for (int64_t phase = 0; phase < in.phases(); phase++)
       for (int64_t o = 0; o < out.channels; o += kLanes) {
         const float* from = u + (phase * in.padded_channels() + c) * width + o;
-        Vector points[kWindow][kWindow], taps[3][3];
-        for (int i = 0; i < kPoints; i++) points[i / kWindow][i % kWindow] = load(from + i * plane);
-        transform_window<kWindow, 3, transform_kernel_adjoint>(points, taps);
-        for (int i = 0; i < 3; i++)
-          for (int j = 0; j < 3; j++) {
-            const int64_t p = tap(phase / 2, i), q = tap(phase % 2, j);
-            if (p >= 0 && q >= 0)
-              store(kernel + ((p * 5 + q) * in.channels + c) * out.channels + o, taps[i][j],
-                    out.channels - o);
-          }
+        const Lanes lanes = first_lanes(out.channels - o);
+        transform_window<kWindow, 3, transform_kernel_adjoint>(
+            [&](int i, int j) { return load(from + (i * kWindow + j) * plane); },
+            [&](int i, int j, Vector value) {
+              const int64_t p = tap(stride, phase / stride, i), q = tap(stride, phase % stride, j);
+              float* to = kernel + ((p * taps + q) * in.channels + c) * out.channels + o;
+              if (p >= 0 && q >= 0) store(to, value, lanes);
+            });
       }
   });
   return true;
