@@ -3,13 +3,15 @@
     python benchmarks/kill.py 50
     python benchmarks/kill.py 4 --seed 1 --json kill.json
 
-A small run that does everything (streamed images, pictures, film, metrics, checkpoints) is made
-once without interruption. Other runs of the same command are killed with SIGKILL, as often in all
-as the first argument says, each time after they have made progress: every second kill is at a
-random moment, every other one as soon as a checkpoint begins to be written, or some milliseconds
-later. Whenever a run finishes, everything is compared: the SHA-256 over parameters, batch_stats,
-optimizer, step and position in the data; every line of metrics.jsonl except for the speed; every
-picture, and the film, byte by byte. Exits with 1 if anything differs.
+A small run that does everything (streamed images, pictures, film, metrics, checkpoints, a flow as
+its prior) is made once without interruption. Other runs of the same command are killed with
+SIGKILL, as often in all as the first argument says, each time after they have made progress: every
+second kill is at a random moment, every other one as soon as a checkpoint begins to be written, or
+some milliseconds later. Half of the kills are in the autoencoder's training, the others in the
+flow's: those let the autoencoder be. Whenever a run finishes, everything is compared, of both: the
+SHA-256 over parameters, batch_stats, optimizer, step and position in the data; every line of
+metrics.jsonl except for the speed; every picture, and the film, byte by byte. Exits with 1 if
+anything differs.
 """
 
 import argparse
@@ -32,20 +34,23 @@ from typing import Any
 from vaejax.data.sources import drawn_faces
 from vaejax.files import PARTIAL, read_json, write_json
 from vaejax.training import checkpoint
+from vaejax.training.prior import flow_folder
 
 ROOT = Path(__file__).parents[1]
-FACES = 100  # 90 of them are training images
+FACES = 130  # about 117 of them are training images; a flow wants 100
 CHECKPOINT_STEPS = 7
 FLAGS = (
-    *("--recipe", "quick", "--size", "16", "--batch-size", "9", "--epochs", "6"),
+    *("--recipe", "quick", "--size", "32", "--batch-size", "9", "--epochs", "3"),
+    *("--prior", "flow", "--prior-steps", "40", "--prior-width", "32"),
     *("--log-steps", "1", "--checkpoint-steps", str(CHECKPOINT_STEPS)),
 )
 
 
 @dataclass(frozen=True)
 class Kill:
-    """The state of a run when it was killed."""
+    """The state of a run's autoencoder, or of its flow, when it was killed."""
 
+    of_flow: bool  # which of the two was being trained
     resumed_at: int  # updates of the checkpoint that this start resumed from
     reached: int  # updates made, when it was killed
     kept: int  # updates of the newest complete checkpoint at that time
@@ -53,28 +58,12 @@ class Kill:
     seconds_to_first_step: float  # from the start of the process
 
 
-class Run:
-    """A run in a folder of its own, which can be started and killed any number of times."""
+class Training:
+    """What is trained in a folder: the autoencoder of a run, or its flow."""
 
-    def __init__(self, folder: Path, faces: Path):
+    def __init__(self, folder: Path):
         self.folder = folder
         self._metrics = folder / "metrics.jsonl"
-        self._command = [
-            *(sys.executable, str(ROOT / "experiments" / "anime.py"), *FLAGS),
-            *("--data", str(faces), "--out", str(folder)),
-        ]
-
-    def start(self) -> subprocess.Popen:
-        """Start the run, or resume it, in a process of its own."""
-        return subprocess.Popen(
-            self._command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-
-    def finish(self, process: subprocess.Popen) -> None:
-        """Wait for the end of the process, and exit with its error if it failed."""
-        _, errors = process.communicate()
-        if process.returncode != 0:
-            sys.exit(f"{self.folder} ended with {process.returncode}:\n{errors[-2000:]}")
 
     def steps(self) -> list[int]:
         """Return the updates that metrics.jsonl has lines of."""
@@ -95,7 +84,7 @@ class Run:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def metrics_inode(self) -> int:
-        """Return which file metrics.jsonl is: every start of the run replaces it."""
+        """Return which file metrics.jsonl is: every start of the training replaces it."""
         return self._metrics.stat().st_ino if self._metrics.exists() else 0
 
     def checkpoints(self) -> list[str]:
@@ -112,37 +101,68 @@ class Run:
         return any(name.startswith(PARTIAL) for name in self.checkpoints())
 
     def result(self) -> dict[str, Any]:
-        """Return everything that must not depend on whether the run was interrupted."""
+        """Return everything of it that must not depend on whether the run was interrupted."""
         newest = checkpoint.path(self.folder, self.newest())
+        return {
+            "state": read_json(newest / checkpoint.MANIFEST)["state"],
+            "checkpoints": self.checkpoints(),
+            "lines": list(self.lines()),
+        }
+
+
+class Run:
+    """A run in a folder of its own, which can be started and killed any number of times."""
+
+    def __init__(self, folder: Path, faces: Path):
+        self.folder = folder
+        self.autoencoder, self.flow = Training(folder), Training(flow_folder(folder))
+        self._command = [
+            *(sys.executable, str(ROOT / "experiments" / "anime.py"), *FLAGS),
+            *("--data", str(faces), "--out", str(folder)),
+        ]
+
+    def start(self) -> subprocess.Popen:
+        """Start the run, or resume it, in a process of its own."""
+        return subprocess.Popen(
+            self._command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, process: subprocess.Popen) -> None:
+        """Wait for the end of the process, and exit with its error if it failed."""
+        _, errors = process.communicate()
+        if process.returncode != 0:
+            sys.exit(f"{self.folder} ended with {process.returncode}:\n{errors[-2000:]}")
+
+    def result(self) -> dict[str, Any]:
+        """Return everything that must not depend on whether the run was interrupted."""
         pictures = {
             str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(self.folder.rglob("*"))
             if path.suffix in (".png", ".gif", ".mp4") and path.name != "curves.png"
         }
-        return {
-            "state": read_json(newest / checkpoint.MANIFEST)["state"],
-            "checkpoints": self.checkpoints(),
-            "status": read_json(self.folder / "run.json")["status"],
-            "lines": list(self.lines()),
-            "pictures": pictures,
-        }
+        both = {"": self.autoencoder.result(), "flow's ": self.flow.result()}
+        parts = {f"{of}{part}": v for of, result in both.items() for part, v in result.items()}
+        status = read_json(self.folder / "run.json")["status"]
+        return {**parts, "status": status, "pictures": pictures}
 
 
 def start_and_kill(
-    run: Run, chance: random.Random, *, in_a_save: bool, duration: float
+    run: Run, chance: random.Random, *, of_flow: bool, in_a_save: bool, duration: float
 ) -> Kill | None:
-    """Start the run and kill it after it has made progress; None if it finished before.
+    """Start the run and kill it after the training of its autoencoder, or that of its flow, has
+    made progress; None if that, or the run, finished before.
 
-    `duration` is the number of seconds that a run trains for: the kill comes within it.
+    `duration` is the number of seconds that this takes: the kill comes within it.
     """
-    resumed_at, started = run.newest(), time.monotonic()
-    inode = run.metrics_inode()
+    training = run.flow if of_flow else run.autoencoder
+    resumed_at, started = training.newest(), time.monotonic()
+    inode = training.metrics_inode()
     process = run.start()
 
     def has_progressed() -> bool:
         # until metrics.jsonl is replaced it is that of the process that was killed
-        replaced = run.metrics_inode() != inode and run.metrics_size() > 0
-        return replaced and max(run.steps(), default=-1) >= resumed_at
+        replaced = training.metrics_inode() != inode and training.metrics_size() > 0
+        return replaced and max(training.steps(), default=-1) >= resumed_at
 
     if not wait_for(has_progressed, process, interval=0.002):
         run.finish(process)
@@ -150,7 +170,7 @@ def start_and_kill(
     seconds_to_first_step = time.monotonic() - started
     delay = chance.uniform(0, duration)
     if in_a_save:
-        if not wait_for(run.is_saving, process, interval=0.0005):
+        if not wait_for(training.is_saving, process, interval=0.0005):
             run.finish(process)
             return None
         delay = chance.uniform(0, 0.05)
@@ -159,8 +179,9 @@ def start_and_kill(
     process.communicate()
     if process.returncode == 0:
         return None
-    reached = max(run.steps(), default=-1) + 1
-    return Kill(resumed_at, reached, run.newest(), run.is_saving(), seconds_to_first_step)
+    reached = max(training.steps(), default=-1) + 1
+    saving = training.is_saving()
+    return Kill(of_flow, resumed_at, reached, training.newest(), saving, seconds_to_first_step)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, *, interval: float) -> bool:
@@ -188,30 +209,44 @@ def kill_runs(
     Returns the result of the unkilled run, the kills, and the differences of every killed run.
     """
     reference = Run(folder / "reference", faces)
-    process = reference.start()
-    wait_for(lambda: bool(reference.steps()), process, interval=0.01)
-    started = time.monotonic()
-    reference.finish(process)
-    duration, expected = time.monotonic() - started, reference.result()
-    print(f"an unkilled run takes {duration:.1f} s from its first update to its end", flush=True)
+    durations = time_both(reference)
+    expected = reference.result()
+    seconds = " and ".join(f"{duration:.1f} s" for duration in durations)
+    print(f"an unkilled run trains its autoencoder and its flow in {seconds}", flush=True)
     kills: list[Kill] = []
     different: list[list[str]] = []
     while len(kills) < count:
         run = Run(folder / f"run-{len(different)}", faces)
         while len(kills) < count:
-            in_a_save = len(kills) % 2 == 1
-            kill = start_and_kill(run, chance, in_a_save=in_a_save, duration=duration)
+            of_flow, in_a_save = len(kills) % 2 == 1, len(kills) % 4 in (1, 2)
+            if not of_flow and run.flow.steps():
+                break  # its autoencoder is trained
+            kill = start_and_kill(
+                run, chance, of_flow=of_flow, in_a_save=in_a_save, duration=durations[of_flow]
+            )
             if kill is None:
                 break
             kills.append(kill)
             where = " in a save" if kill.in_a_save else ""
             steps = f"resumed at {kill.resumed_at}, killed at {kill.reached}"
-            print(f"kill {len(kills)}: {steps}{where}", flush=True)
+            what = "flow" if of_flow else "autoencoder"
+            print(f"kill {len(kills)}, in the {what}: {steps}{where}", flush=True)
         run.finish(run.start())
         different.append(differences(expected, run.result()))
         text = ", ".join(different[-1]) or "no difference"
         print(f"run {len(different)} has finished: {text}", flush=True)
     return expected, kills, different
+
+
+def time_both(run: Run) -> tuple[float, float]:
+    """Make a run; return the seconds that the training of its autoencoder and its flow take."""
+    process = run.start()
+    wait_for(lambda: bool(run.autoencoder.steps()), process, interval=0.01)
+    began = time.monotonic()
+    wait_for(lambda: bool(run.flow.steps()), process, interval=0.01)
+    between = time.monotonic()
+    run.finish(process)
+    return between - began, time.monotonic() - between
 
 
 def main() -> None:
@@ -232,11 +267,13 @@ def main() -> None:
     different = [name for names in runs for name in names]
     in_saves = sum(kill.in_a_save for kill in kills)
     lost = max(kill.reached - kill.kept for kill in kills)
-    updates = sum(line["split"] == "train" for line in expected["lines"])
+    both = [expected[name] for name in ("lines", "flow's lines")]
+    updates, of_flow = (sum(line["split"] == "train" for line in lines) for lines in both)
+    in_flows = sum(kill.of_flow for kill in kills)
     print(
-        f"{len(kills)} kills, {in_saves} of them in a save, in {len(runs)} runs of {updates} "
-        f"updates: {len(different)} differences; at most {lost} updates were lost, with a "
-        f"checkpoint every {CHECKPOINT_STEPS}"
+        f"{len(kills)} kills, {in_flows} of them in a flow, {in_saves} in a save, in {len(runs)} "
+        f"runs of {updates} + {of_flow} updates: {len(different)} differences; at most {lost} "
+        f"updates were lost, with a checkpoint every {CHECKPOINT_STEPS}"
     )
     if resumed := [kill.seconds_to_first_step for kill in kills if kill.resumed_at]:
         median = statistics.median(resumed)

@@ -58,7 +58,7 @@ def test_a_model_of_ones_own_trains_resumes_bit_for_bit_and_samples(
     spec = run.read_spec(Path("run"))
     assert spec.model["widths"] == [16, 32, 32]
     assert spec.model["z_channels"] == 2
-    assert autoencoder.from_json(spec.model) == defined["SpatialVAE"](size=16, z_channels=2)
+    assert autoencoder.from_json(spec.model) == defined["GridVAE"](size=16, z_channels=2)
     before = checkpoint.newest(Path("run"), expected=True)
     faces_before = Path("run/faces.png").read_bytes()
     assert before is not None

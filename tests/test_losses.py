@@ -16,6 +16,7 @@ from vaejax.losses import (
     reconstruction,
     settings,
     sigma_vae,
+    sigma_vae_sharp,
     to_float,
     to_uint8,
 )
@@ -189,13 +190,14 @@ def test_the_gradient_of_sigma_vae_is_that_of_the_log_of_the_mse(images, keys):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max() + 1e-3))
 
 
-def test_sigma_vae_on_two_devices_has_the_gradient_of_the_batch(images, keys):
+@pytest.mark.parametrize("kind", [sigma_vae, sigma_vae_sharp])
+def test_sigma_vae_on_two_devices_has_the_gradient_of_the_batch(kind, images, keys):
     params, batch_stats = weights()
 
     def gradient(images, keys, *, axis):
         def value(params):
             context = Context(MODEL, params, batch_stats, keys, axis=axis)
-            return batch_loss(images, context, loss=partial(sigma_vae))[0]
+            return batch_loss(images, context, loss=partial(kind))[0]
 
         return jax.value_and_grad(value)(params)
 
@@ -212,8 +214,98 @@ def test_sigma_vae_on_two_devices_has_the_gradient_of_the_batch(images, keys):
 
 def test_the_images_of_a_batch_meet_in_sigma_vae_alone():
     assert is_batch_coupled(partial(sigma_vae))
+    assert is_batch_coupled(partial(sigma_vae_sharp, l1_weight=0.0))
     assert not is_batch_coupled(partial(mse_kl, kl_weight=0.1))
     assert not is_batch_coupled(partial(reconstruction, error="mse"))
+
+
+# The sharper one ----------------------------------------------------------------------------------
+
+
+def by_hand(x: np.ndarray, output: np.ndarray) -> tuple[float, float]:
+    """The squared error of neighbours' differences, down and across; and the absolute error."""
+    error = np.asarray(output, np.float64) - np.asarray(x, np.float64)
+    down, across = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
+    return (down**2).mean() + (across**2).mean(), np.abs(error).mean()
+
+
+def sharp(x: jax.Array, output: jax.Array, **weights: float):
+    """The loss and its terms for an output as it is, with a rate of zero."""
+    out = autoencoder.Pass(output, jnp.zeros(len(x)), jnp.zeros((len(x), 4)), {})
+    context = Context(MODEL, {}, {}, jax.random.split(jax.random.key(0), len(x)))
+    return sigma_vae_sharp(x, out, context, **weights)
+
+
+def test_sigma_vae_sharp_has_the_value_of_sigma_vae_and_two_terms_more(images, keys):
+    params, batch_stats = weights()
+    plain, expected = run(MODEL, partial(sigma_vae, beta=0.3))(*weights(), images, keys)
+    loss, metrics = run(MODEL, partial(sigma_vae_sharp, beta=0.3))(*weights(), images, keys)
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+    assert metrics.keys() == expected.keys() | {"gradient_mse", "l1"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    assert metrics["effective_beta"] == pytest.approx(0.3)
+    forward = jax.jit(partial(autoencoder.forward, MODEL, train=False))
+    out = forward(params, batch_stats, to_float(images), keys)
+    gradient_mse, l1 = by_hand(to_float(images), out.output)
+    np.testing.assert_allclose(metrics["gradient_mse"], gradient_mse, rtol=1e-5)
+    np.testing.assert_allclose(metrics["l1"], l1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("edges", "flat"), [(0.5, 0.5), (2.0, 0.0), (0.0, 1.5)])
+def test_the_gradient_of_sigma_vae_sharp_is_that_of_three_logarithms(edges, flat, images, keys):
+    """log(mse) / 2 + w log(gradient_mse) / 2 + v log(l1), with the rate, in float64."""
+    with jax.enable_x64(True):
+        params, batch_stats = jax.tree.map(partial(np.asarray, dtype=np.float64), weights())
+
+        def actual(params):
+            loss = partial(sigma_vae_sharp, beta=0.7, gradient_weight=edges, l1_weight=flat)
+            return batch_loss(images, Context(MODEL, params, batch_stats, keys), loss=loss)[0]
+
+        def expected(params):
+            x = to_float(images)
+            out = autoencoder.forward(MODEL, params, batch_stats, x, keys, train=True)
+            error = x - out.output
+            down, across = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
+            edge_error = jnp.mean(down**2) + jnp.mean(across**2)
+            logs = 0.5 * jnp.log(jnp.mean(error**2)) + 0.5 * edges * jnp.log(edge_error)
+            logs += flat * jnp.log(jnp.mean(jnp.sqrt(error**2)))
+            return logs + 0.7 * jnp.mean(out.rate) / (16 * 16 * 3)
+
+        ours, theirs = (
+            jax.jit(jax.grad(f), compiler_options=HASTY)(params) for f in (actual, expected)
+        )
+        assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs)) > 0.1
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_edges_are_blind_to_an_offset_and_flat_areas_to_its_sign(images):
+    x = to_float(images)
+    output = jax.random.uniform(jax.random.key(0), x.shape)
+    _, terms = sharp(x, output)
+    _, moved = sharp(x, output + 0.25)
+    np.testing.assert_allclose(moved["gradient_mse"], terms["gradient_mse"], rtol=1e-5)
+    assert abs(moved["l1"] - terms["l1"]) > 1e-2
+    # a mirrored error, a transposed picture: the same
+    for other in (sharp(x, 2 * x - output), sharp(x.swapaxes(1, 2), output.swapaxes(1, 2))):
+        for name in ("mse", "gradient_mse", "l1"):
+            np.testing.assert_allclose(other[1][name], terms[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_gradient_does_not_depend_on_the_contrast_of_the_error(images):
+    """Every term is calibrated: an error twice as large has half the gradient."""
+    x = to_float(images)
+    error = jax.random.normal(jax.random.key(0), x.shape)
+    slope = jax.jit(jax.grad(lambda error: sharp(x, x + error)[0]))
+    np.testing.assert_allclose(2 * slope(2 * error), slope(error), rtol=1e-4, atol=1e-8)
+
+
+def test_a_perfect_copy_has_a_finite_gradient(images):
+    x = to_float(images)
+    value, slope = jax.jit(jax.value_and_grad(lambda output: sharp(x, output)[0]))(x)
+    assert jnp.isfinite(value)
+    assert jnp.all(jnp.isfinite(slope))
 
 
 # Errors of reconstructions ------------------------------------------------------------------------
@@ -311,9 +403,10 @@ def test_every_loss_has_the_mse_among_its_metrics(images, keys):
     [
         (MODEL, partial(mse_kl, kl_weight=0.02)),
         (MODEL, partial(sigma_vae)),
+        (MODEL, partial(sigma_vae_sharp)),
         (Denoising(size=16, width=2), partial(reconstruction, error="bce")),
     ],
-    ids=["mse_kl", "sigma_vae", "reconstruction"],
+    ids=["mse_kl", "sigma_vae", "sigma_vae_sharp", "reconstruction"],
 )
 def test_with_a_fixed_variance_metrics_are_means_over_images(model, loss, draw):
     images, keys = draw(64, 16), jax.random.split(jax.random.key(3), 64)

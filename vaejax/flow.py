@@ -131,7 +131,7 @@ def batch_loss(
 ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
     """Apply `flow_matching` to the faces with these indices among `context.frozen`, the `Codes`."""
     stats, codes = context.batch_stats, context.frozen
-    z = (codes.z[indices] - stats["mean"]) / stats["std"]
+    z = (codes.z[indices] - stats["mean"][None]) / stats["std"][None]
     labels, keys = codes.labels[indices], context.keys
     if context.train and codes.labels.shape[1]:
         hide_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -160,7 +160,7 @@ def sample(
         return flow.apply({"params": params}, z, jnp.full(len(z), t), labels)
 
     z = _heun(velocity, noise, times=jnp.linspace(0.0, 1.0, steps + 1, dtype=noise.dtype))
-    return z * stats["std"] + stats["mean"]
+    return z * stats["std"][None] + stats["mean"][None]
 
 
 def _heun(velocity: Any, state: PyTree, *, times: Float[Array, " n"]) -> PyTree:
@@ -210,7 +210,7 @@ def log_prob(
         divergence = jnp.sum(jax.lax.map(along, probes, batch_size=PROBES), axis=0)
         return at(state[0]), divergence * (1.0 if d <= EXACT_UP_TO else 1 / PROBES)
 
-    start = (z - stats["mean"]) / stats["std"], jnp.zeros(len(z), z.dtype)
+    start = (z - stats["mean"][None]) / stats["std"][None], jnp.zeros(len(z), z.dtype)
     times = jnp.linspace(1.0, 0.0, steps + 1, dtype=z.dtype)
     noise, growth = _heun(velocity, start, times=times)  # growth: minus the integral of divergence
     normal = -0.5 * jnp.sum(noise**2 + jnp.log(2 * jnp.pi), axis=1)

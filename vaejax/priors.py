@@ -231,20 +231,25 @@ def choose_mixture(
     """Fit mixtures of 1, 2, 5, 10, ... components, and return the one that held-out images favour.
 
     The search ends at the first number under which the posterior means of the held-out images are
-    no more probable than under the one before. Raises UserError as `fit_mixture` does.
+    no more probable than under the one before, by more than the standard error of that gain: few
+    images favour a second component by chance. Raises UserError as `fit_mixture` does.
     """
+    if not np.isfinite(held_out).all():
+        raise UserError("a mixture prior needs held-out images with finite posterior means")
     x = held_out.astype(np.float64)
-    best, highest = None, -np.inf
+    best, highest = None, np.empty(0)
     for components in CANDIDATES:
         if best is not None and components > len(means) // IMAGES_PER_COMPONENT:
             break
         mixture = fit_mixture(means, components=components, seed=seed)
         log_weights, centers, factors = (np.asarray(a, np.float64) for a in mixture)
         logs = log_weights + _log_densities(x, centers, factors)
-        score = np.mean(logsumexp_numpy(logs, axis=1))
-        if best is not None and not score > highest:
-            break
-        best, highest = mixture, score
+        scores = np.asarray(logsumexp_numpy(logs, axis=1))
+        if best is not None:
+            gains = scores - highest
+            if not np.mean(gains) > np.std(gains) / math.sqrt(len(gains)):
+                break
+        best, highest = mixture, scores
     assert best is not None
     return best
 

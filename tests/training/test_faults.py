@@ -472,4 +472,5 @@ def test_killed_at_random_and_in_a_save_it_ends_as_if_it_had_not_been(tmp_path: 
     assert found["differences"] == []
     assert len(found["kills"]) == 2
     assert sum(kill["in_a_save"] for kill in found["kills"]) >= 1
+    assert [kill["of_flow"] for kill in found["kills"]] == [False, True]
     assert all(kill["reached"] - kill["kept"] <= 7 for kill in found["kills"])

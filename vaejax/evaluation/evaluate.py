@@ -131,11 +131,10 @@ def _priors(loaded: run.LoadedRun, name: priors.PriorName | None) -> dict[str, P
     found: dict[str, Prior] = {}
     if autoencoder.is_variational(loaded.model):
         found[SAMPLES] = run_prior.load(loaded, "normal")
-    learned: list[priors.PriorName] = ["mixture", "flow"]
-    fitted = [other for other in learned if run_prior.is_fitted(loaded, other)]
+    learned: tuple[priors.PriorName, ...] = "mixture", "flow"
     last = name or run_prior.default_name(loaded)
-    for other in fitted:
-        if other != last:
+    for other in learned:
+        if other != last and run_prior.is_fitted(loaded, other):
             found[f"{SAMPLES} ({other})"] = run_prior.load(loaded, other)
     if last != "normal":
         found[f"{SAMPLES} ({last})"] = run_prior.load(loaded, last)

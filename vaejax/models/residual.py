@@ -42,6 +42,7 @@ class ResidualVAE(Autoencoder):
         halvings = _halvings(self.size)
         require_divisible(self, by=2**halvings, least=32)
         require_positive(self, "latent_dim", "width", "blocks")
+        _widths(self.width, halvings)  # refused here, before any work
         super().__post_init__()
 
     def setup(self) -> None:
@@ -79,6 +80,7 @@ class SpatialVAE(Autoencoder):
     def __post_init__(self) -> None:
         require_divisible(self, by=8, least=32)
         require_positive(self, "latent_channels", "width", "blocks")
+        _widths(self.width, 3)  # refused here, before any work
         super().__post_init__()
 
     def setup(self) -> None:
@@ -92,7 +94,7 @@ class SpatialVAE(Autoencoder):
         return self.encoder(x)
 
     def decode(
-        self, z: Float[Array, "b p q c"], *, train: bool, axis: str | None = None
+        self, z: Float[Array, "b p q d"], *, train: bool, axis: str | None = None
     ) -> Float[Array, "b h w c"]:
         """Return the mean of p(x|z)."""
         return self.decoder(z)
@@ -163,7 +165,7 @@ class SpatialDecoder(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b p q c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, z: Float[Array, "b p q d"]) -> Float[Array, "b h w c"]:
         x = Convolution(self.widths[0], kernel_size=3, name="grid")(z)
         return _expand(x, self.widths, self.blocks, self.channels, None)
 

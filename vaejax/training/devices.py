@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Int, PyTree, UInt8
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
@@ -257,14 +257,14 @@ def rows(devices: Devices, images: int) -> slice:
     return slice(shard * images // shards, (shard + 1) * images // shards)
 
 
-def put(devices: Devices, images: UInt8[np.ndarray, "b h w c"], batch: int) -> Array:
+def put(devices: Devices, images: Shaped[np.ndarray, "b *image"], batch: int) -> Array:
     """Place this process' rows of a batch on its devices, as a part of the global batch."""
     spec = jax.P() if batch % devices.count else jax.P(AXIS)
     sharding = jax.NamedSharding(devices.mesh, spec)
     return jax.make_array_from_process_local_data(sharding, images, (batch, *images.shape[1:]))
 
 
-def put_batch(devices: Devices, images: UInt8[np.ndarray, "b h w c"] | Array) -> Any:
+def put_batch(devices: Devices, images: Shaped[np.ndarray, "b *image"] | Array) -> Any:
     """Place this process' images of a batch on its devices, as the programs take them."""
     if isinstance(images, jax.Array):
         return jax.device_put(images, jax.NamedSharding(devices.mesh, jax.P(AXIS)))

@@ -19,7 +19,7 @@ from vaejax.data.faces import Crop, crop_from_flags
 from vaejax.data.prepare import find_prepared, prepare
 from vaejax.data.records import read_dataset_report
 from vaejax.data.sources import drawn_faces
-from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError
+from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError, VaejaxError
 from vaejax.metrics import read_lines
 from vaejax.priors import Prior, require_mixture_fits
 from vaejax.system import format_duration, versions
@@ -322,9 +322,14 @@ def _fit_prior(options: Options, state: TrainState, logger: Logger | None) -> Pr
         return None
     resources = run_prior.Resources(options.devices, options.signals, options.max_ram)
     if logger:
-        resources = resources._replace(say=logger.say, stopped=logger.stopped_in_prior)
-    with logger.attempt("the prior") if logger else nullcontext():
-        return run_prior.fit(_loaded(options, state), resources)
+        resources = resources._replace(say=logger.say)
+    try:
+        with logger.attempt("the prior") if logger else nullcontext():
+            return run_prior.fit(_loaded(options, state), resources)
+    except VaejaxError:
+        if logger:
+            logger.stopped_in_prior()
+        raise
 
 
 def _load_arrays(options: Options) -> Arrays:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Logger:
         self._progress.say(text)
 
     def stopped_in_prior(self) -> None:
-        """Record that the run stopped while its prior was fitted."""
+        """Record that the run stopped while its prior was fitted, whatever the reason."""
         self._end("stopped")
 
     def diverged(self) -> None:
@@ -185,11 +185,10 @@ class PriorLogger:
         *,
         disk: DiskGuard,
         done: int,
-        stopped: Callable[[], None],
     ):
         schedule = spec.schedule
         folder.mkdir(parents=True, exist_ok=True)
-        self._disk, self._stopped = disk, stopped
+        self._disk = disk
         self._parts = schedule.epochs
         self._progress = Progress(
             updates=schedule.updates,
@@ -232,8 +231,7 @@ class PriorLogger:
         """Do nothing: a flow has no status of its own."""
 
     def stopped(self, step: int, *, saved: bool) -> None:
-        """Record that the run stopped after `step` updates of its prior."""
-        self._stopped()
+        """Say that the run stopped after `step` updates of its prior."""
         if saved:
             self._progress.say(
                 f"stopped after update {step:,} of the prior, saved: the same command resumes there"

@@ -92,7 +92,7 @@ def default_name(loaded: run.LoadedRun) -> priors.PriorName:
         return "normal"
     try:
         _load_flow(loaded, 1)
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         if autoencoder.is_variational(loaded.model):
             print(f"warning: {error}. New faces are drawn from N(0, I)", file=sys.stderr)
             return "normal"
@@ -105,7 +105,7 @@ def is_fitted(loaded: run.LoadedRun, name: priors.PriorName) -> bool:
         return _load_mixture(loaded) is not None
     try:
         load(loaded, name)
-    except UserError:
+    except (UserError, CheckpointError):
         return False
     return True
 
@@ -146,7 +146,6 @@ class Resources(NamedTuple):
     signals: SignalGuard
     max_ram: float | None = None  # GiB
     say: Callable[[str], None] = print
-    stopped: Callable[[], None] = lambda: None  # called before a signal ends the training
 
 
 def fit(loaded: run.LoadedRun, resources: Resources) -> Prior | None:
@@ -206,7 +205,10 @@ def flow_folder(folder: Path) -> Path:
 
 
 def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
-    """Read the flow of a run. Raises UserError unless it is complete and of these weights."""
+    """Read the flow of a run.
+
+    Raises UserError unless it is complete and of these weights, CheckpointError if it is damaged.
+    """
     folder, digest = flow_folder(loaded.folder), loaded.weights.digest
     again = f"`vaejax fit-prior {loaded.folder}` fits one"
     if not checkpoint.steps(folder):
@@ -217,7 +219,7 @@ def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
             spec = RunSpec.from_json(saved.spec)
             network = flow.from_json(spec.model, latents=priors.latent_dimensions(loaded.model))
         except ValueError as error:
-            raise CheckpointError(f"{saved.path} is of no flow: {error}. {again}") from None
+            raise CheckpointError(f"{saved.path} is of no flow: {error}") from None
         if spec.data.get("weights") != digest:
             raise UserError(
                 f"the flow in {folder} was fitted to other weights of this run: {again} anew"
@@ -231,7 +233,10 @@ def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
         weights = checkpoint.restore_weights(saved, like, ema=True)
         return FlowPrior(network, weights.params, weights.batch_stats, loaded.model, steps=steps)
 
-    return checkpoint.with_newest(folder, restore)
+    try:
+        return checkpoint.with_newest(folder, restore)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {again} anew") from None
 
 
 def _train_flow(loaded: run.LoadedRun, resources: Resources) -> None:
@@ -279,7 +284,7 @@ def _train_flow(loaded: run.LoadedRun, resources: Resources) -> None:
     disk = DiskGuard(loaded.folder)
     logger = None
     if dev.is_first():
-        logger = PriorLogger(folder, spec, disk=disk, done=done, stopped=resources.stopped)
+        logger = PriorLogger(folder, spec, disk=disk, done=done)
     try:
         train(
             state,
@@ -319,7 +324,8 @@ def _flow_spec(
 ) -> RunSpec:
     """Describe the training of a flow as that of a run."""
     settings = loaded.spec.schedule
-    batch_size = min(BATCH, images) // devices.count * devices.count
+    # a power of 2, which most numbers of devices divide: none of them trains another flow
+    batch_size = min(BATCH, 1 << (images.bit_length() - 1)) // devices.count * devices.count
     updates = settings.prior_steps
     optimizer = {
         **describe(OPTIMIZER),

@@ -19,6 +19,8 @@ from vaejax.losses import Context, Metrics, batch_loss
 from vaejax.models import autoencoder
 from vaejax.training.optimizer import global_norm, skip_nonfinite
 
+Batch = UInt8[Array, "b h w c"] | Int[Array, " b"]  # images, or indices of what is learned
+
 
 class Trainer(NamedTuple):
     """What an update does: everything about it that is not an array.
@@ -73,7 +75,7 @@ class Gradient(NamedTuple):
 def train_step(
     state: TrainState,
     frozen: PyTree,
-    images: UInt8[Array, "b h w c"],
+    images: Batch,
     key: Key[Array, ""],
     *,
     trainer: Trainer,
@@ -92,7 +94,7 @@ def train_step(
 def batch_gradient(
     state: TrainState,
     frozen: PyTree,
-    images: UInt8[Array, "b h w c"],
+    images: Batch,
     keys: Key[Array, " b"],
     *,
     trainer: Trainer,
@@ -126,7 +128,7 @@ def micro_step(
     total: Gradient,
     state: TrainState,
     frozen: PyTree,
-    images: UInt8[Array, "b h w c"],
+    images: Batch,
     key: Key[Array, ""],
     part: int | Int[Array, ""],
     *,
@@ -188,7 +190,7 @@ def eval_step(
     params: PyTree,
     batch_stats: PyTree,
     frozen: PyTree,
-    images: UInt8[Array, "b h w c"],
+    images: Batch,
     keys: Key[Array, " b"],
     variance: Float[Array, ""] | None = None,
     *,
