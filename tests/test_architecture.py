@@ -19,6 +19,7 @@ ALLOWED = {
     "system": {"__init__"},
     "kernels": {"files", "system"},
     "metrics": set(),
+    "nearest": {"metrics"},
     "pictures": {"files"},
     "plots": {"files", "metrics"},
     "data": {"errors", "files", "pictures"},
@@ -30,11 +31,11 @@ ALLOWED = {
     "generate": {"data", "losses", "models", "priors"},
     "training": {
         "data", "errors", "files", "flow", "generate", "kernels", "losses", "metrics", "models",
-        "pictures", "plots", "priors", "system",
+        "nearest", "pictures", "plots", "priors", "system",
     },
     "evaluation": {
         "data", "distributions", "errors", "files", "generate", "losses", "metrics", "models",
-        "pictures", "plots", "priors", "system", "training",
+        "nearest", "pictures", "plots", "priors", "system", "training",
     },
     "doctor": {
         "errors", "files", "kernels", "losses", "metrics", "models", "system", "training",

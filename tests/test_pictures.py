@@ -38,6 +38,18 @@ def test_long_rows_are_continued_below():
     assert [picture[16, x, 0] for x in (2, 8, 14)] == [30, 40, 255]
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_shrunk_images_are_means_of_pixels_and_small_ones_stay(times: int):
+    size = 8 * times
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    means = images.reshape(3, 8, times, 8, times, 3).mean(axis=(2, 4))
+    # rows are rounded to levels before columns are
+    np.testing.assert_allclose(pictures.shrink(images, 8), means, atol=1)
+    assert pictures.shrink(images, 7).shape == (3, 7, 7, 3)
+    assert pictures.shrink(images, size) is images
+    assert pictures.shrink(images, 2 * size) is images
+
+
 def test_a_saved_picture_is_read_back_bit_for_bit(tmp_path: Path):
     picture = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
     pictures.save_png(tmp_path / "new" / "a.png", picture)

@@ -57,6 +57,19 @@ def stack_rows(rows: Sequence[Images], *, columns: int = 10) -> Picture:
     return np.concatenate(padded)
 
 
+def shrink(images: Images, size: int) -> UInt8[np.ndarray, "n s s c"]:
+    """Reduce square images to `size` × `size`; smaller ones stay as they are.
+
+    A pixel is the mean of those whose centres lie in its area.
+    """
+    if images.shape[1] <= size:
+        return images
+    box = Image.Resampling.BOX
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images]
+    )
+
+
 def save_png(path: Path, picture: Picture) -> None:
     """Write a picture as a PNG file. Raises OSError if it cannot be written."""
     with atomic(path) as partial:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.scipy.special import logsumexp
 
-from vaejax import generate
+from vaejax import generate, nearest
 from vaejax.data.batches import Images
 from vaejax.distributions import Normal
 from vaejax.errors import CheckpointError, UserError
@@ -269,7 +269,8 @@ def test_a_run_that_repeats_its_training_faces_is_detected(
         return np.repeat(memorized, len(z), axis=0)
 
     monkeypatch.setattr(generate, "decode", repeat)
-    monkeypatch.setattr(memorization, "MIN_HELD_OUT", 20)
+    for module in (memorization, nearest):
+        monkeypatch.setattr(module, "MIN_HELD_OUT", 20)
     result = evaluate.evaluate(trained_run, quick, quarters).json
     assert value(result, "memorized_pixels/samples") == 1
     assert value(result, "memorized_features/samples") == 1
@@ -298,16 +299,16 @@ def test_pictures_have_the_faces_that_they_are_said_to_have(evaluation, trained_
     faces, by_features, by_pixels = pictures.nearest
     training = Images(trained_run.prepared, "train")
     training = training.read(np.arange(len(training))).astype(float)
-    for face, nearest in zip(faces, by_pixels, strict=True):
+    for face, found in zip(faces, by_pixels, strict=True):
         squares = ((training - face) ** 2).sum(axis=(1, 2, 3))
-        np.testing.assert_array_equal(nearest, training[squares.argmin()])
+        np.testing.assert_array_equal(found, training[squares.argmin()])
 
     def quarters_of(faces: np.ndarray) -> np.ndarray:
         return faces.reshape(len(faces), 2, 8, 2, 8, 3).mean(axis=(2, 4)).reshape(len(faces), -1)
 
-    for face, nearest in zip(faces, by_features, strict=True):
+    for face, found in zip(faces, by_features, strict=True):
         distances = np.linalg.norm(quarters_of(training) - quarters_of(face[None]), axis=1)
-        np.testing.assert_array_equal(nearest, training[distances.argmin()])
+        np.testing.assert_array_equal(found, training[distances.argmin()])
     rates = evaluation.json["rate_per_dimension"]
     np.testing.assert_allclose(pictures.rate_per_dimension, rates, rtol=1e-6)
 

@@ -20,11 +20,11 @@ from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
 from vaejax.evaluation import likelihood, memorization, passes, set_metrics
 from vaejax.evaluation.features import Features
-from vaejax.evaluation.memorization import Nearest
 from vaejax.evaluation.passes import FaceSets, ImageScores, TrainedModel
 from vaejax.evaluation.set_metrics import HELD_OUT, RECONSTRUCTIONS, SAMPLES, TRAIN, Results
 from vaejax.metrics import Estimate
 from vaejax.models import autoencoder
+from vaejax.nearest import Nearest
 from vaejax.priors import Prior
 from vaejax.system import versions
 from vaejax.training import prior as run_prior

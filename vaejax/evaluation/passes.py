@@ -27,9 +27,9 @@ from vaejax.errors import UserError
 from vaejax.evaluation import likelihood
 from vaejax.evaluation.features import Features
 from vaejax.evaluation.likelihood import BatchEvaluation, ImportanceBound, Latents
-from vaejax.evaluation.memorization import Nearest, nearest_by_pixels
 from vaejax.files import atomic, cache_folder
 from vaejax.models.autoencoder import Autoencoder
+from vaejax.nearest import Nearest, nearest_of_sets
 from vaejax.priors import Prior
 from vaejax.training.step import image_keys
 
@@ -292,8 +292,4 @@ def nearest_training_images(
         for batch in batches(training, size, description="nearest training images"):
             yield batch.images[: batch.valid]
 
-    faces = np.concatenate(list(sets.values()))
-    indices, distances = nearest_by_pixels(faces, training_batches(), training.read)
-    ends = np.cumsum([len(images) for images in sets.values()])[:-1]
-    parts = zip(np.split(indices, ends), np.split(distances, ends), strict=True)
-    return {name: Nearest(*part) for name, part in zip(sets, parts, strict=True)}
+    return nearest_of_sets(sets, training_batches(), training.read)

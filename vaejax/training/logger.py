@@ -20,7 +20,7 @@ from vaejax.metrics import read_lines, shown_in
 from vaejax.models import autoencoder
 from vaejax.priors import Prior
 from vaejax.system import format_bytes, format_duration, process_memory
-from vaejax.training import run, visualize
+from vaejax.training import copies, run, visualize
 from vaejax.training.config import RunSpec
 from vaejax.training.devices import device_memory_in_use
 from vaejax.training.guards import DiskGuard
@@ -51,6 +51,7 @@ class Logger:
         done: int,
     ):
         self._folder, self._spec, self._disk = folder, spec, disk
+        self._images, self._held_out = images, held_out
         # kept here too: a file that is damaged meanwhile is written anew, and is no reason to end
         self._status = run.initial_status(spec, devices=devices, before=run.last_status(folder))
         self._write_status()
@@ -138,6 +139,8 @@ class Logger:
     def finished(self, state: TrainState, prior: Prior | None) -> None:
         """Draw the pictures of the end, the new faces from the learned prior where there is one.
 
+        Say whether those are copies of training faces.
+
         What could not be written is tried again by the same command: the run counts as stopped
         until then.
         """
@@ -145,9 +148,15 @@ class Logger:
             self._draw_curves()
             self._visualizer.draw_faces(state, prior)
             self._visualizer.draw_film()
+        found = None
+        with self._disk.attempt("the search for copies"):
+            found = self._visualizer.draw_nearest(state, prior, self._images, self._held_out)
         if self._disk.failing:
             self._end("stopped")
             return
+        if found:
+            self._status = {**self._status, "copies": found}
+            self._progress.say(copies.sentence(found))
         self._end("finished")
         self._progress.say(visualize.what_next(self._folder, self._model))
 

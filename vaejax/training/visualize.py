@@ -1,6 +1,7 @@
 """What a run shows of itself: pictures while it trains, and the README of its folder."""
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 
 from vaejax import generate, pictures, plots
 from vaejax.data.batches import Images
+from vaejax.errors import UserError
 from vaejax.files import write_text
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.priors import Prior, StandardNormal, unraveler
+from vaejax.training import copies
 from vaejax.training.config import RunSpec
 from vaejax.training.devices import local
 from vaejax.training.step import TrainState
 
 SAMPLES = 25  # 5 x 5, as in the report
 RECONSTRUCTIONS = 10
+PAIRS = 10  # of a sample and its nearest training face
 MOMENT_IMAGES = 200  # whose posterior means have the moments of the watched samples
 
 
@@ -88,13 +92,35 @@ class Visualizer:
             generate.decode(state.best_params, state.batch_stats, z, model=self._model)
         )
 
+    def _decode_in_parts(self, state: TrainState, z: Any) -> np.ndarray:
+        """Decode latents, whose number is a multiple of 25, as many at a time as was compiled."""
+        parts = []
+        for first in range(0, len(jax.tree.leaves(z)[0]), SAMPLES):
+            part = slice(first, first + SAMPLES)
+            parts.append(self._decode(state, jax.tree.map(itemgetter(part), z)))
+        return np.concatenate(parts)
+
+    def _reconstruct(self, state: TrainState, inputs: np.ndarray) -> np.ndarray:
+        state, size = local(state), len(self._inputs)  # as many at a time as was compiled for
+        parts = []
+        for first in range(0, len(inputs), size):
+            part = inputs[np.minimum(np.arange(first, first + size), len(inputs) - 1)]
+            outputs = generate.reconstruct(
+                state.best_params, state.batch_stats, part, model=self._model
+            )
+            parts.append(np.asarray(outputs))
+        return np.concatenate(parts)[: len(inputs)]
+
+    def _prior_of_faces(self, prior: Prior | None) -> Prior | None:
+        """Return what new faces are drawn from: the learned prior, or N(0, I) of a variational
+        model, or nothing."""
+        if prior is None and autoencoder.is_variational(self._model):
+            return StandardNormal(self._model)
+        return prior
+
     def _draw_reconstructions(self, state: TrainState, path: Path) -> None:
         """Draw the inputs above their reconstructions, and below both the clean faces if noisy."""
-        state = local(state)
-        outputs = generate.reconstruct(
-            state.best_params, state.batch_stats, self._inputs, model=self._model
-        )
-        rows = [self._inputs, np.asarray(outputs)]
+        rows = [self._inputs, self._reconstruct(state, self._inputs)]
         if self._model.denoises:
             rows.append(self._faces)
         pictures.save_png(path, pictures.stack_rows(rows))
@@ -108,16 +134,44 @@ class Visualizer:
 
         They come from `prior`, or from N(0, I); a deterministic model without a prior has none.
         """
+        prior = self._prior_of_faces(prior)
         if prior is None:
-            if not autoencoder.is_variational(self._model):
-                return
-            prior = StandardNormal(self._model)
-        rows = []
-        for first in range(SAMPLES, 5 * SAMPLES, SAMPLES):  # as many at a time as was compiled for
-            rows.append(self._decode(state, prior.sample(range(first, first + SAMPLES))))
-        pictures.save_png(
-            self._folder / "faces.png", pictures.grid(np.concatenate(rows), columns=10)
-        )
+            return
+        faces = self._decode_in_parts(state, prior.sample(range(SAMPLES, 5 * SAMPLES)))
+        pictures.save_png(self._folder / "faces.png", pictures.grid(faces, columns=10))
+
+    def draw_nearest(
+        self, state: TrainState, prior: Prior | None, training: Images, held_out: Images
+    ) -> dict[str, Any] | None:
+        """Draw the samples that lie nearest to a training face, above those faces.
+
+        Returns the report on copies as JSON, or None for a model that draws no new faces.
+        """
+        prior = self._prior_of_faces(prior)
+        if prior is None:
+            return None
+        picture = self._folder / "nearest.png"
+        picture.unlink(missing_ok=True)  # of a shorter run
+        if reason := copies.too_few(training, held_out):
+            return {"left_out": reason}
+        try:
+            samples = self._decode_in_parts(state, prior.sample(range(copies.FACES)))
+            known = copies.first_faces(training)
+            sets = {
+                copies.SAMPLES: samples,
+                copies.HELD_OUT: copies.first_faces(held_out),
+                copies.RECONSTRUCTIONS: self._reconstruct(state, known),
+            }
+            found = copies.nearest_training_faces(sets, training)
+            indices, distances = found[copies.SAMPLES]
+            pairs = np.argsort(distances, kind="stable")[:PAIRS]
+            pictures.save_png(
+                picture, pictures.stack_rows([samples[pairs], training.read(indices[pairs])])
+            )
+        except UserError as error:  # a damaged image is no reason to end a trained run
+            return {"left_out": str(error).removesuffix(".")}
+        step = int(local(state).step)
+        return copies.report(found, step=step, prior=prior.name, training=training)
 
     def draw_film(self) -> None:
         """Make a film of the watched pictures; an epoch begins as the last one ended."""
@@ -183,7 +237,8 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
             cells = [name, *values, metric.unit, metric.meaning]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     shown = _pictures(folder, model, schedule.prior)
-    lines += ["", _steps(columns), "", *shown, "", "## Commands", "", "```"]
+    lines += ["", _steps(columns), "", *shown, "", *_copies(folder, status)]
+    lines += ["## Commands", "", "```"]
     lines += [
         f"{status['command']}     # resumes, if it is not finished",
         *commands(model, folder),
@@ -194,6 +249,15 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _copies(folder: Path, status: Mapping[str, Any]) -> list[str]:
+    """Return the section on copies of training faces; empty before the end of a run."""
+    lines = copies.section(status.get("copies"))
+    if lines and (folder / "nearest.png").exists():
+        title = "The samples that lie nearest to a training face, above those faces"
+        lines += ["", f"![{title}](nearest.png)", "", f"*{title}*"]
+    return [*lines, ""] if lines else []
 
 
 def _steps(columns: tuple[dict | None, ...]) -> str:
