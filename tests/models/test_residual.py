@@ -3,6 +3,7 @@
 import json
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from vaejax.distributions import Normal
 from vaejax.errors import UserError
 from vaejax.models import autoencoder, residual, summary
 from vaejax.models.autoencoder import Autoencoder
+from vaejax.models.layers import GroupNorm
 from vaejax.models.residual import ResidualBlock, ResidualVAE, SpatialVAE, depth_to_space
 from vaejax.models.residual import space_to_depth as to_depth
 
@@ -30,7 +32,7 @@ block_2x_1 | Residual block 48 | 16 16 48 | 41760
 to_1x | Dense 96 | 8 8 96 | 18528
 block_1x_1 | Residual block 96 | 8 8 96 | 166464
 block_1x_2 | Residual block 96 | 8 8 96 | 166464
-norm | GroupNorm | 8 8 96 | 192
+norm | Group norm 8 | 8 8 96 | 192
 squeeze | Dense 24 | 8 8 24 | 2328
 posterior | Dense 128 | 128 | 196736
 style | Dense 384 | 384 | 24960
@@ -41,7 +43,7 @@ to_2x | Dense 192 | 8 8 192 | 18624
 block_2x_1 | Residual block 48 | 16 16 48 | 115680
 to_4x | Dense 96 | 16 16 96 | 4704
 block_4x_1 | Residual block 24 | 32 32 24 | 47472
-norm | GroupNorm | 32 32 24 | 48
+norm | Group norm 8 | 32 32 24 | 48
 output | Conv 12, stride 1 | 32 32 12 | 2604
 """
 
@@ -243,3 +245,24 @@ def test_its_gradient_agrees_with_finite_differences(model: Autoencoder):
         assert slope.dtype == jnp.float64
         assert abs(slope) > 1e-3
         np.testing.assert_allclose(slope, (after - before) / 2e-6, rtol=1e-5)
+
+
+# Group norm ---------------------------------------------------------------------------------------
+
+
+def test_group_norm_is_that_of_flax():
+    x = 3 * jax.random.normal(jax.random.key(0), (3, 7, 5, 48)) + 20
+    ours, flax = GroupNorm(8), nn.GroupNorm(8)
+    variables = flax.init(jax.random.key(1), x)
+    keys = iter(jax.random.split(jax.random.key(2), 2))
+    random = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), variables)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    np.testing.assert_allclose(ours.apply(random, x), flax.apply(random, x), atol=2e-4)
+
+
+def test_a_constant_group_is_normed_to_its_bias():
+    x = jnp.full((2, 4, 4, 16), 0.7)
+    normed = GroupNorm(8).apply({"params": {"scale": jnp.ones(16), "bias": jnp.arange(16.0)}}, x)
+    np.testing.assert_allclose(normed, jnp.broadcast_to(jnp.arange(16.0), x.shape), atol=1e-2)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from vaejax.distributions import Normal
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder, require_divisible, require_positive
-from vaejax.models.layers import Convolution, Dense
+from vaejax.models.layers import Convolution, Dense, GroupNorm
 
 GROUPS = 8  # of a group norm
 BOTTOM = 8  # pixels of the smallest grid; up to 15 where the size is no power of 2
@@ -183,7 +183,7 @@ def _contract(
         x = Dense(widths[level], name=f"to_{scale}x")(x)
         for i in range(blocks + (level == 0)):
             x = ResidualBlock(widths[level], name=f"block_{scale}x_{i + 1}")(x)
-    return nn.silu(nn.GroupNorm(GROUPS, name="norm")(x))
+    return nn.silu(GroupNorm(GROUPS, name="norm")(x))
 
 
 def _expand(
@@ -200,7 +200,7 @@ def _expand(
             x = depth_to_space(Dense(4 * width, name=f"to_{scale}x")(x), 2)
         for i in range(blocks + (level == 0)):
             x = ResidualBlock(width, name=f"block_{scale}x_{i + 1}")(x, style)
-    x = nn.silu(nn.GroupNorm(GROUPS, name="norm")(x))
+    x = nn.silu(GroupNorm(GROUPS, name="norm")(x))
     x = Convolution(4 * channels, kernel_size=3, name="output")(x)
     return nn.sigmoid(depth_to_space(x, 2))
 
@@ -243,7 +243,7 @@ class AdaptiveNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], style: Float[Array, "b s"] | None
     ) -> Float[Array, "b h w c"]:
-        x = nn.GroupNorm(GROUPS, name="group")(x)
+        x = GroupNorm(GROUPS, name="group")(x)
         if style is None:
             return x
         small = nn.initializers.normal(0.02)
