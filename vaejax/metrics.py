@@ -51,6 +51,14 @@ METRICS: dict[str, Metric] = {
     "bce": Metric(
         TRAINING, "nats/value", "lower", "binary cross-entropy, values in [0, 1]", ("readme",)
     ),
+    "gradient_mse": Metric(
+        TRAINING,
+        "in [0, 1]²",
+        "lower",
+        "mse of differences between neighbouring pixels",
+        ("readme",),
+    ),
+    "l1": Metric(TRAINING, "in [0, 1]", "lower", "mean absolute error", ("readme",)),
     "kl": Metric(
         REPORT,
         "nats/dim",
@@ -92,6 +100,9 @@ METRICS: dict[str, Metric] = {
     ),
     "gradient_norm": Metric(TRAINING, "", "", "Euclidean norm of all gradients", ()),
     "iwae_elbo": Metric(LIKELIHOOD, "nats/image", "higher", "the ELBO of the images of iwae_bound"),
+    "learned_prior_elbo": Metric(
+        LIKELIHOOD, "nats/image", "higher", "iwae_elbo with the learned prior in place of N(0, I)"
+    ),
     "iwae_bound": Metric(
         LIKELIHOOD, "nats/image", "higher", "importance-weighted lower bound of log p(x)"
     ),

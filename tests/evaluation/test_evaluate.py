@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from jax.scipy.special import logsumexp
 
 from vaejax import generate, nearest
@@ -201,7 +202,7 @@ def test_every_metric_has_a_value_or_a_reason(evaluation):
     kinds = ("pixels", "features", "person")
     assert result["left_out"] == {
         f"memorized_{kind}/{of}": few for kind in kinds for of in ("samples", "reconstructions")
-    }
+    } | {"learned_prior_elbo": "the run has no learned prior"}
     assert result["compared_faces"] == n
     sets = {f"{name}/{of}" for name in ("frechet", "kernel", "recall") for of in SETS}
     assert sets <= result["metrics"].keys()
@@ -345,8 +346,36 @@ def test_samples_of_a_mixture_stand_beside_those_of_the_standard_normal(
     result = evaluate.evaluate(evaluated, quick, quarters)
     for name in ("frechet", "recall", "nearest_pixels"):
         assert {f"{name}/samples", f"{name}/samples (mixture)"} <= result.json["metrics"].keys()
+    assert "learned_prior_elbo" in result.json["metrics"]
     assert result.pictures.samples.keys() == {"normal", "mixture"}
     assert load_run(folder, "test").priors.keys() == {"samples", "samples (mixture)"}  # has it now
+
+
+def test_the_elbo_of_a_learned_prior_counts_its_density(trained_run):
+    """With a wider normal distribution as the learned prior, by NumPy."""
+    wide = 1.5
+
+    class Wide:
+        name = "wide"
+
+        def sample(self, seeds, *, temperature=1.0):
+            raise NotImplementedError
+
+        def log_prob(self, z):
+            return jax.scipy.stats.norm.logpdf(z, scale=wide).sum(axis=1)
+
+    validation = Images(trained_run.prepared, "validation")
+    trained, key = trained_run.trained, jax.random.key(3)
+    scores = passes.evaluate_images(trained, validation, key, -4.0, on_batch=lambda *_: None)
+    count = 5
+    estimate = evaluate.learned_prior_elbo(scores, Wide(), images=count)
+    latents = scores.latents
+    assert latents is not None
+    z, mean, log_variance = (np.asarray(getattr(latents, n)) for n in ("z", "mean", "log_variance"))
+    log_q = scipy.stats.norm.logpdf(z, mean, np.exp(log_variance / 2)).sum(axis=1)
+    log_p = scipy.stats.norm.logpdf(z, 0, wide).sum(axis=1)
+    expected = (log_p - log_q - scores.distortion)[:count].mean()
+    np.testing.assert_allclose(estimate.value, expected, rtol=1e-5)
 
 
 def test_without_features_only_their_metrics_are_left_out(evaluation, trained_run, quick):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from vaejax import losses, priors
 from vaejax.data.batches import Images
 from vaejax.data.records import read_dataset_report
+from vaejax.distributions import Normal
 from vaejax.errors import UserError
 from vaejax.evaluation import likelihood, memorization, passes, set_metrics
 from vaejax.evaluation.features import Features
@@ -37,7 +39,8 @@ FACES_IN_ROW = 10  # of the pictures
 # what a model without a posterior does not have
 POSTERIOR_METRICS = (
     "kl", "report_loss", "rate", "elbo", "bits_per_dim", "effective_beta", "active_units",
-    "iwae_elbo", "iwae_bound", "mmd", "mutual_information", "aggregate_posterior_kl",
+    "iwae_elbo", "iwae_bound", "learned_prior_elbo", "mmd", "mutual_information",
+    "aggregate_posterior_kl",
 )  # fmt: skip
 
 Faces = UInt8[np.ndarray, "n h w c"]
@@ -181,6 +184,12 @@ def evaluate(
         )
         results["iwae_elbo"] = _mean(np.asarray(bound.elbo))
         results["iwae_bound"] = _mean(np.asarray(bound.iwae_bound))
+        name, prior = next(reversed(trained_run.priors.items()))
+        results["learned_prior_elbo"] = (
+            learned_prior_elbo(scores, prior, images=config.bound_images)
+            if name != SAMPLES
+            else "the run has no learned prior"
+        )
     for name, prior in trained_run.priors.items():
         for faces in passes.sample_batches(trained, prior, config.samples):
             sets.add(name, faces)
@@ -241,6 +250,21 @@ def image_results(scores: ImageScores, log_variance: float, trained_run: Trained
     parts = likelihood.split_rate(latents.mean, latents.log_variance, latents.z)
     distances = (likelihood.prior_mmd(latents.z), *parts)
     return results | {name: Estimate(v) for name, v in zip(names, distances, strict=True)}
+
+
+def learned_prior_elbo(scores: ImageScores, prior: Prior, *, images: int) -> Estimate:
+    """Estimate the ELBO of the first images with a learned prior in place of N(0, I), nats.
+
+    log p(x|z) + log p(z) - log q(z|x), with the one z of each image that its distortion is of.
+    """
+    latents = scores.latents
+    assert latents is not None
+    z, mean, log_variance = (
+        jnp.asarray(a[:images]) for a in (latents.z, latents.mean, latents.log_variance)
+    )
+    log_posterior = Normal(mean, log_variance).log_prob(z)
+    log_prior = prior.log_prob(z)
+    return _mean(np.asarray(log_prior - log_posterior) - scores.distortion[:images])
 
 
 def _effective_beta(
