@@ -83,7 +83,8 @@ def read_output(process: subprocess.Popen, folder: Path) -> str:
 def measure_slope(epochs: int, folder: Path) -> dict[str, Any]:
     """Train for so many epochs and fit a line to the memory after each."""
     process = start(
-        folder, "--recipe", "quick", "--size", "16", "--batch-size", "28", "--epochs", str(epochs),
+        folder, "--recipe", "quick", "--prior", "normal", "--size", "32", "--batch-size", "28",
+        "--epochs", str(epochs),
         "--log-steps", "5", "--checkpoint-steps", "250",
     )  # fmt: skip
     metrics, last, points = folder / "run" / "metrics.jsonl", 0, []

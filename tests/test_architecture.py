@@ -33,6 +33,7 @@ ALLOWED = {
         "data", "errors", "files", "flow", "generate", "kernels", "losses", "metrics", "models",
         "nearest", "pictures", "plots", "priors", "system",
     },
+    "recipes": {"losses", "models", "training"},
     "evaluation": {
         "data", "distributions", "errors", "files", "generate", "losses", "metrics", "models",
         "nearest", "pictures", "plots", "priors", "system", "training",

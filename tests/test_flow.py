@@ -144,7 +144,7 @@ def test_what_standardizes_latents_gives_them_mean_0_and_deviation_1():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_fifth_of_the_faces_hide_all_their_attributes_in_training(train: bool):
+def test_attributes_are_hidden_in_training_all_of_them_or_some(train: bool):
     n = 10_000
     codes = Codes(jnp.zeros((n, 2)), jnp.stack([jnp.full(n, 3), 1 + jnp.arange(n) % 2], axis=1))
     found = flow.standardization(np.zeros((2, 2), np.float32))
@@ -161,9 +161,13 @@ def test_a_fifth_of_the_faces_hide_all_their_attributes_in_training(train: bool)
     assert metrics["loss"] == 0
     assert kept is found
     (given, used), everything = seen[0], codes.labels[order]
-    hidden = jnp.all(given == 0, axis=1)
-    assert jnp.all((given == everything).all(axis=1) | hidden)  # all of them or none
-    np.testing.assert_allclose(jnp.mean(hidden), 0.2 if train else 0, atol=0.015)
+    hidden = np.asarray(given == 0)
+    assert np.all(hidden | np.asarray(given == everything))
+    # none, one or both of two are as likely, but for the fifth that hides all of them anyway
+    shares = np.bincount(hidden.sum(axis=1), minlength=3) / n
+    expected = np.array([0.8, 0.8, 0.8 + 3 * 0.2]) / 3 if train else [1, 0, 0]
+    np.testing.assert_allclose(shares, expected, atol=0.015)
+    np.testing.assert_allclose(hidden[:, 0].mean(), hidden[:, 1].mean(), atol=0.02)
     # whether they are hidden says nothing about the noise, whose keys are other ones
     assert jnp.all(jax.random.key_data(used) == jax.random.key_data(keys)) == (not train)
 

@@ -39,6 +39,7 @@ class Sample:
     seeds: str = "0-24"  # which faces: numbers and ranges, as in 0,7,10-24
     # distribution of z (none: what the run's recipe says); a mixture is fitted on first use
     prior: Literal["normal", "mixture", "flow"] | None = None
+    condition: str = ""  # attributes of the faces, as in hair_colour=blue,glasses=no
     temperature: float = 1.0  # below 1: nearer to the average face, and to each other
     sampler_steps: int = 40  # of a flow: fewer are faster and less exact
     out: Path = Path("faces.png")  # the picture
@@ -53,6 +54,7 @@ class FitPrior:
     steps: int | None = None  # updates of a flow (none: what the run's recipe says)
     width: int | None = None  # of a flow's layers (none: what the run's recipe says)
     depth: int | None = None  # residual layers of a flow (none: what the run's recipe says)
+    labels: Path | None = None  # CSV of attributes for a flow (none: what the run's recipe says)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def sample(command: Sample) -> None:
 
     loaded = load(command.run)
     name = command.prior or prior.default_name(loaded)
-    chosen = prior.load(loaded, name, steps=command.sampler_steps)
+    steps, condition = command.sampler_steps, command.condition
+    chosen = prior.load(loaded, name, steps=steps, condition=condition)
     params, batch_stats = loaded.weights.params, loaded.weights.batch_stats
     faces = []
     for first in range(0, len(seeds), generate.BATCH):
@@ -178,6 +181,7 @@ def fit_prior(command: FitPrior) -> None:
         prior_steps=command.steps or schedule.prior_steps,
         prior_width=command.width or schedule.prior_width,
         prior_depth=command.depth or schedule.prior_depth,
+        labels=str(command.labels.absolute()) if command.labels else schedule.labels,
     )
     loaded = loaded._replace(spec=replace(loaded.spec, schedule=chosen))
     with run.locked(loaded.folder), SignalGuard().listening() as signals:

@@ -6,8 +6,8 @@ the velocity from t = 0 to 1. The latents of a face are one vector `[d]` here, w
 `batch_stats` are the mean and the standard deviation `[d]` that standardize them.
 
 An attribute of a face, such as the color of the hair, is a number from 1 on, and 0 if unknown. In
-training attributes are hidden at random, so that one network draws faces with and without them
-(Ho and Salimans, 2022).
+training attributes are hidden at random, so that one network draws faces with any number of them
+given (Ho and Salimans, 2022).
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from vaejax.losses import Context, Metrics
 from vaejax.models.layers import Dense
 
 FREQUENCIES, HIGHEST = 32, 1000.0  # of the sines and cosines of t
 MIN_STD = 1e-6
-HIDDEN = 0.2  # share of the faces whose attributes are hidden in an update
+HIDDEN = 0.2  # share of the faces of an update that hide all their attributes anyway
 EXACT_UP_TO = 128  # dimensions of which the divergence is exact; else Hutchinson's estimate
 PROBES = 16  # of that estimate
 MAX_COUNT = 2**16  # of a description's numbers: more is a damaged one
@@ -126,6 +126,14 @@ def flow_matching(
     return jnp.mean((velocity - (z - noise)) ** 2, axis=1)
 
 
+def _hidden(key: Key[Array, ""], *, attributes: int) -> Bool[Array, " a"]:
+    """Draw which attributes of a face are hidden: all of some faces, any number of the others."""
+    all_key, share_key, key = jax.random.split(key, 3)
+    share = jax.random.uniform(share_key)  # so that one attribute alone is as likely as all but one
+    some = jax.random.bernoulli(key, share, (attributes,))
+    return some | jax.random.bernoulli(all_key, HIDDEN)
+
+
 def batch_loss(
     indices: Int[Array, " b"], context: Context, *, loss: partial
 ) -> tuple[Float[Array, ""], tuple[Metrics, PyTree]]:
@@ -135,8 +143,8 @@ def batch_loss(
     labels, keys = codes.labels[indices], context.keys
     if context.train and codes.labels.shape[1]:
         hide_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        hidden = jax.vmap(partial(jax.random.bernoulli, p=HIDDEN))(hide_keys)
-        labels = jnp.where(hidden[:, None], 0, labels)
+        hidden = jax.vmap(partial(_hidden, attributes=labels.shape[1]))(hide_keys)
+        labels = jnp.where(hidden, 0, labels)
     scalar = jnp.mean(loss(context.model, context.params, z, labels, keys))
     return scalar, ({"loss": jax.lax.stop_gradient(scalar)}, stats)
 

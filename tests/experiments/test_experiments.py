@@ -51,29 +51,32 @@ def test_own_faces_are_trained_on_by_the_reports_recipe_and_the_same_command_res
 
 def test_a_person_starts_it_without_data_and_gets_new_faces(tmp_path: Path):
     """As a process of its own: the quick recipe, on the drawn faces."""
-    command = [sys.executable, str(ROOT / "experiments" / "anime.py"), "--size", "16"]
+    command = [sys.executable, str(ROOT / "experiments" / "anime.py"), "--size", "32"]
     done = subprocess.run(
-        [*command, "--steps", "1", "--out", "run"], capture_output=True, text=True, timeout=600
+        [*command, "--steps", "1", "--prior-steps", "2", "--out", "run"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "training on the drawn faces of vaejax, quick recipe" in done.stdout
     with Image.open(tmp_path / "run" / "faces.png") as picture:
-        assert picture.size == (10 * 18 + 2, 10 * 18 + 2)
+        assert picture.size == (10 * 34 + 2, 10 * 34 + 2)
 
 
 def test_sigma_vae_trains_and_has_no_weight(experiment, faces: Path, tmp_path: Path):
     anime = experiment("anime")
-    settings = {"data": faces, "recipe": "quick", "loss": "sigma_vae", "size": 16, "devices": 1}
-    with pytest.raises(UserError, match=r"--kl-weight 0.01: it sets nothing in the quick recipe"):
+    settings = {"data": faces, "loss": "sigma_vae", "size": 16, "devices": 1}
+    with pytest.raises(UserError, match=r"--kl-weight 0.01: it sets nothing in the report recipe"):
         anime.main(anime.Flags(**settings, kl_weight=0.01))
+    with pytest.raises(UserError, match="only the report's recipe has another loss"):
+        anime.main(anime.Flags(**settings | {"size": 32, "recipe": "quick"}))
     assert list(tmp_path.iterdir()) == []
 
     settings |= {"batch_size": 4, "log_steps": 1, "steps": 30, "epochs": 100, "out": Path("run")}
+    settings |= {"learning_rate": 2e-3, "norm": "batch"}
     anime.main(anime.Flags(**settings))
     assert run.read_spec(Path("run")).loss == {"kind": "sigma_vae", "beta": 1.0}
     train = [line for line in lines(Path("run")) if line["split"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"] - 0.1
-    assert train[-1]["mse"] < 0.7 * train[0]["mse"]
+    assert train[-1]["mse"] < 0.95 * train[0]["mse"]
     assert all(line["effective_beta"] == 1 for line in train)
 
 

@@ -179,6 +179,7 @@ def test_every_flag_of_an_experiment_sets_something_in_one_of_its_recipes(name: 
     assert recipes
     settable = {"epochs", "steps", "batch_size", "micro_batch", "learning_rate", "warmup_steps"}
     settable |= {"ema_decay", "flip", "prior", "prior_steps", "prior_width", "prior_depth"}
+    settable |= {"minutes", "labels"}
     for recipe in recipes:
         settable |= set(hyperparameters(type(recipe.model)))
         settable |= losses.settings(recipe.loss).keys()
@@ -236,7 +237,7 @@ def test_a_trainer_has_what_the_recipe_says():
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_no_recipes_optimizer_applies_a_non_finite_update(recipe: Recipe):
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 12
     trainer = replace(recipe, ema_decay=0.9, warmup_steps=2).trainer(updates=9)
     params = {"w": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([0.5])}
     gradients = {"w": jnp.asarray([0.1, 0.2]), "b": jnp.asarray([-3.0])}

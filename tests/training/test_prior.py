@@ -21,6 +21,7 @@ from test_latents import LatentImage
 
 from vaejax import commands, generate, losses
 from vaejax.data.batches import Images
+from vaejax.data.labels import NO_LABELS
 from vaejax.data.prepare import prepare
 from vaejax.errors import CheckpointError, DivergedError, Interrupted, UserError
 from vaejax.evaluation.evaluate import load_run
@@ -130,18 +131,19 @@ def test_what_a_flow_learns_from_are_the_posterior_means_of_the_training_images(
     complete: Path, many: Path
 ):
     loaded = run.load(complete)
-    codes, held_out = prior._codes(loaded)
+    codes, held_out = prior._codes(loaded, NO_LABELS)
     assert len(codes.z) == len(Images(many, "train"))
     assert len(held_out.z) == len(Images(many, "validation"))
     saved = checkpoint.newest(flow_of(complete), expected=True)
     assert saved is not None
     assert saved.step == PRIOR_UPDATES
-    assert saved.spec["data"] == {"weights": loaded.weights.digest}
+    without = {"labels": "", "attributes": {}}
+    assert saved.spec["data"] == {"weights": loaded.weights.digest} | without
     stats = prior.load(loaded, "flow").stats
     np.testing.assert_allclose(stats["mean"], codes.z.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(stats["std"], codes.z.std(0), rtol=1e-4)
     mirrored = loaded._replace(spec=replace(loaded.spec, flip=True))
-    doubled, _ = prior._codes(mirrored)
+    doubled, _ = prior._codes(mirrored, NO_LABELS)
     assert len(doubled.z) == 2 * len(codes.z)
     np.testing.assert_array_equal(doubled.z[: len(codes.z)], codes.z)
     assert np.abs(doubled.z[len(codes.z) :] - codes.z).max() > 1e-3
@@ -330,3 +332,61 @@ def test_several_devices_train_the_same_flow(count: int, how: str, complete: Pat
     for x, y in zip(lines(flow_of(copy)), lines(flow_of(complete)), strict=True):
         assert x["step"] == y["step"]
         np.testing.assert_allclose(x["loss"], y["loss"], rtol=1e-4)
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def write_labels(path: Path, *, of: str = "even") -> Path:
+    """Every second face is one or the other; some have no row."""
+    rows = (f"{i:03}.png,{of if i % 2 else 'odd'},same" for i in range(120))
+    path.write_text("\n".join(["file,number,kind", *rows, ""]))
+    return path
+
+
+def test_a_flow_draws_faces_with_the_attributes_that_it_is_asked_for(
+    copy: Path, many: Path, tmp_path: Path
+):
+    commands.fit_prior(commands.FitPrior(str(copy), labels=write_labels(tmp_path / "labels.csv")))
+    loaded = run.load(copy)
+    codes, _ = prior._codes(loaded, prior._labels(loaded))
+    images = Images(many, "train")
+    for i in range(len(images)):
+        number = int(images.metadata(i)["path"][:3])
+        expected = [0, 0] if number >= 120 else [1 if number % 2 else 2, 1]
+        assert codes.labels[i].tolist() == expected  # in alphabetical order
+    drawn = {
+        condition: np.asarray(prior.load(loaded, "flow", condition=condition).sample(range(3)))
+        for condition in ("", "number=even", "number=odd", "kind=same,number=odd")
+    }
+    several = list(drawn.values())
+    for i, z in enumerate(several):
+        assert all(np.abs(z - other).max() > 1e-4 for other in several[:i])
+    with pytest.raises(UserError, match=r"number is even, odd"):
+        prior.load(loaded, "flow", condition="number=blue")
+    with pytest.raises(UserError, match="only a flow draws faces with some attributes"):
+        prior.load(loaded, "normal", condition="number=odd")
+
+
+def test_other_labels_are_another_flow(copy: Path, tmp_path: Path):
+    labels = write_labels(tmp_path / "labels.csv")
+    commands.fit_prior(commands.FitPrior(str(copy), labels=labels))
+    before = digest(flow_of(copy))
+    commands.fit_prior(commands.FitPrior(str(copy)))  # with the same labels: it is there
+    assert digest(flow_of(copy)) == before
+    write_labels(labels, of="even again")
+    commands.fit_prior(commands.FitPrior(str(copy)))
+    with pytest.raises(UserError, match="number is even again, odd"):
+        prior.load(run.load(copy), "flow", condition="number=even")
+
+
+def test_labels_that_no_prior_can_use_are_refused_before_training(many: Path, tmp_path: Path):
+    labels = write_labels(tmp_path / "labels.csv")
+    with pytest.raises(UserError, match="only a flow as the prior uses them"):
+        train(many, tmp_path / "run", labels=labels, prior="normal")
+    labels.write_text("file,hair\nelsewhere/1.png,blue\n")
+    with pytest.raises(UserError, match=r"no row for any of \d+ training images.*elsewhere/1.png"):
+        train(many, tmp_path / "run", labels=labels)
+    with pytest.raises(UserError, match="cannot be read"):
+        train(many, tmp_path / "run", labels=tmp_path / "none.csv")
+    assert not (tmp_path / "run").exists()

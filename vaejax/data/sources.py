@@ -47,9 +47,14 @@ def drawn_faces() -> Path:
     return _PACKAGE / "drawn_faces.zip"
 
 
+def drawn_labels() -> Path:
+    """Return the CSV that says what each drawn face shows."""
+    return _PACKAGE / "drawn_faces.csv"
+
+
 def drawn_attributes() -> dict[str, dict[str, str]]:
     """Return what each drawn face shows, by file name: {"00000.webp": {"hair": "bun", ...}}."""
-    with (_PACKAGE / "drawn_faces.csv").open(newline="", encoding="utf-8") as table:
+    with drawn_labels().open(newline="", encoding="utf-8") as table:
         return {row.pop("file"): row for row in csv.DictReader(table)}
 
 

@@ -28,7 +28,8 @@ class RunFlags:
     """The flags of every experiment that say where and how a run takes place."""
 
     data: Path | None = None  # folder or zip of faces, or a prepared set (none: the drawn faces)
-    recipe: Literal["report", "quick"] | None = None  # with --data the report's, without it quick
+    # with --data the report's, without it quick; "faces" draws better ones from your own images
+    recipe: Literal["report", "quick", "faces"] | None = None
     out: Path | None = None  # the run's folder (none: the next runs/NNNNN-name)
     crop_faces: bool = False  # cut every picture down to its largest face
     cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
@@ -63,6 +64,7 @@ class Config(RunFlags):
     size: int | None = None  # height and width that the images are brought to, pixels
     epochs: int | None = None  # passes over the training images
     steps: int | None = None  # a bound on the updates: whichever of the two comes first
+    minutes: float | None = None  # of the entire command, instead of epochs or steps
     batch_size: int | None = None  # images an update
     micro_batch: int | None = None  # images of a batch that are in memory at a time (none: all)
     learning_rate: float | None = None  # Adam's, after the warm-up
@@ -74,6 +76,7 @@ class Config(RunFlags):
     prior_steps: int | None = None  # updates of a flow
     prior_width: int | None = None  # of a flow's layers
     prior_depth: int | None = None  # residual layers of a flow
+    labels: Path | None = None  # CSV of attributes (file,hair_colour,...), for conditional faces
     compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
 
 
@@ -87,8 +90,10 @@ class Recipe:
     name: str
     model: Autoencoder
     loss: partial  # of a loss, such as those of `vaejax.losses`, with its settings as keywords
-    epochs: int
+    epochs: int | None = None  # None: the updates follow from `minutes`, or `steps` alone
     steps: int | None = None
+    # of the entire command: the speed of this machine decides on `steps` and `prior_steps`
+    minutes: float | None = None
     batch_size: int = 128
     micro_batch: int | None = None
     learning_rate: float = 1e-4
@@ -102,6 +107,7 @@ class Recipe:
     prior_steps: int = 2700
     prior_width: int = 512
     prior_depth: int = 4
+    labels: Path | None = None  # of the faces; a flow can then be asked for some of them
     frozen: Callable[[], PyTree] | None = None  # loads networks that the loss uses, not trained
 
     @property
@@ -146,6 +152,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("kl_weight", "beta", "gradient_weight", "l1_weight"), WEIGHT),
     **dict.fromkeys(("noise", "warmup_steps"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram", "clip_norm"), POSITIVE),
+    "minutes": POSITIVE,
     "ema_decay": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
 }
@@ -172,6 +179,16 @@ def resolve(config: Config, *recipes: Recipe) -> Recipe:
     own = {f.name for f in fields(config) if f.default is not None and f.default is not False}
     own |= {f.name for f in fields(RunFlags)} | {n for n, v in flags.items() if v is False}
     settings = {name: value for name, value in flags.items() if name not in own}
+    lengths = [name for name in ("epochs", "steps") if name in settings]
+    if lengths and "minutes" in settings:
+        raise UserError(
+            f"--minutes {config.minutes:g} and {_flag(lengths[0])}: both say how long the run is. "
+            "Leave one of them out"
+        )
+    if lengths:
+        settings["minutes"] = None
+    elif "minutes" in settings:
+        settings |= {"epochs": None, "steps": None}
     return _with_settings(chosen, settings)
 
 
@@ -230,6 +247,7 @@ class Schedule:
     prior_steps: int = 2700
     prior_width: int = 512
     prior_depth: int = 4
+    labels: str | None = None  # an absolute path
 
     @property
     def epochs(self) -> int:
@@ -249,6 +267,7 @@ class RunSpec:
     micro_batch: int | None  # only where it changes the result by more than rounding
     ema_decay: float | None
     flip: bool
+    minutes: float | None  # of the entire command, whatever updates followed from them
     seed: int
     data: Mapping[str, Any]  # which images, and how they are split
     schedule: Schedule
@@ -270,7 +289,7 @@ class RunSpec:
         if not isinstance(schedule_, dict):
             raise ValueError('"schedule" is not an object')
         values = {f.name: value.get(f.name) for f in fields(cls)}
-        # the last three have defaults: runs without a flow did not always have them
+        # the last ones have defaults: runs without a flow did not always have them
         defaults = {f.name: f.default for f in fields(Schedule) if f.default is not MISSING}
         spec = {f.name: schedule_.get(f.name, defaults.get(f.name)) for f in fields(Schedule)}
         for name, item in [*values.items(), *spec.items()]:
@@ -298,7 +317,7 @@ def check_format(value: Mapping[str, Any], expected: str) -> None:
 
 
 _OBJECTS = ("model", "loss", "optimizer", "data", "schedule")
-_TEXTS = ("experiment", "recipe", "source", "prepared")
+_TEXTS = ("experiment", "recipe", "source", "prepared", "labels")
 _COUNTS = ("batch_size", "images", "updates", "updates_per_epoch", "log_steps", "keep")
 _COUNTS += ("prior_steps", "prior_width", "prior_depth")
 _OPTIONAL_COUNTS = ("micro_batch", "checkpoint_steps")
@@ -313,6 +332,8 @@ def _problem(name: str, value: Any) -> str | None:
         return None if good else f'"{name}" is not an object, or has no kind'
     if name == "prior":
         return None if value in get_args(PriorName) else f'"prior" is {str(value)[:40]}'
+    if name == "labels" and value is None:
+        return None
     if name in _TEXTS:
         return None if isinstance(value, str) else f'"{name}" is not a text'
     if name == "flip":
@@ -341,7 +362,7 @@ def run_spec(
         "learning_rate": recipe.learning_rate,
         "warmup_steps": recipe.warmup_steps,
         # another length is another run only where the learning rate depends on it
-        "decay_steps": schedule.updates if recipe.cosine_decay else None,
+        "decay_steps": schedule.updates if recipe.cosine_decay and not recipe.minutes else None,
     }
     return RunSpec(
         experiment=name,
@@ -352,6 +373,7 @@ def run_spec(
         micro_batch=recipe.micro_batch if recipe.batch_coupled else None,
         ema_decay=recipe.ema_decay,
         flip=recipe.flip,
+        minutes=recipe.minutes,
         seed=config.seed,
         data=data,
         schedule=schedule,

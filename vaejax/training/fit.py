@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 
 from vaejax.data import batches as data
 from vaejax.data.faces import Crop, crop_from_flags
+from vaejax.data.labels import read_labels
 from vaejax.data.prepare import find_prepared, prepare
 from vaejax.data.records import read_dataset_report
-from vaejax.data.sources import drawn_faces
+from vaejax.data.sources import drawn_faces, drawn_labels
 from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError, VaejaxError
 from vaejax.metrics import read_lines
 from vaejax.priors import Prior, require_mixture_fits
@@ -26,6 +27,7 @@ from vaejax.system import format_duration, versions
 from vaejax.training import checkpoint, guards, plan, run, visualize
 from vaejax.training import devices as dev
 from vaejax.training import prior as run_prior
+from vaejax.training.budget import steps_from_minutes
 from vaejax.training.compiled import (
     TrainStep,
     compile_eval_step,
@@ -40,6 +42,8 @@ from vaejax.training.logger import Logger
 from vaejax.training.loop import Checkpoints, Guards, Steps, train, validate
 from vaejax.training.step import TrainState, init
 
+SOME_IMAGES = 1000  # of which one at least has to have labels
+
 
 def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     """Prepare the data, train the model, and leave a run's folder; the same call resumes it.
@@ -52,6 +56,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     being finite (the last checkpoint is from before), Interrupted after a signal and MemoryLowError
     for lack of memory (both after saving), StorageError for what the disk did not take.
     """
+    began = time.monotonic() - time.process_time()  # imports are most of what came before
     run.refuse_unwritable(config.out or run.ROOT)
     crop = crop_from_flags(
         crop_faces=config.crop_faces, cascade=config.cascade, margin=config.margin
@@ -65,7 +70,8 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         print(f"No --data: training on the drawn faces of vaejax, {recipe.name} recipe.")
     _refuse_run_among_images(config.out or run.ROOT, source)
     if config.dry_run:
-        _print_plan(name, config, recipe, source=source, crop=crop, devices=devices)
+        task = Task(name, config, source, Path())
+        _print_plan(task, recipe, crop=crop, began=began, devices=devices)
         return None
     prepared = dev.broadcast(
         lambda: str(
@@ -80,13 +86,28 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     )
     images = len(data.Images(Path(prepared), "train"))
     recipe = replace(recipe, prior=run_prior.possible(recipe.prior, recipe.model, images=images))
-    spec = _spec(name, config, recipe, source=source, prepared=Path(prepared))
+    recipe = _with_labels(recipe, data.Images(Path(prepared), "train"), drawn=config.data is None)
+    task = Task(name, config, source, Path(prepared))
     with ExitStack() as stack:
-        folder = Path(dev.broadcast(lambda: str(_open_folder(spec, config, stack))))
+        folder = Path(dev.broadcast(lambda: str(_open_folder(task, recipe, stack))))
+        recipe = _with_length(task, recipe, folder, began=began, devices=devices)
+        spec = _spec(task, recipe)
+        dev.broadcast(lambda: _write_spec(folder, spec))
+        length = plan.make_plan(recipe, images=images)
+        print(plan.describe_plan(recipe, length, images=images))
         signals = stack.enter_context(SignalGuard().listening())
         options = Options(folder, spec, recipe, devices, signals, config.max_ram)
         _train_to_the_end(options)
     return folder
+
+
+class Task(NamedTuple):
+    """What a run is made of besides its recipe."""
+
+    name: str  # of the experiment
+    config: Config
+    source: Path
+    prepared: Path
 
 
 class Options(NamedTuple):
@@ -127,6 +148,29 @@ def refuse_uneven(recipe: Recipe, devices: Devices) -> None:
         )
 
 
+def _with_labels(recipe: Recipe, images: data.Images, *, drawn: bool) -> Recipe:
+    """Return the recipe with the labels of the drawn faces, if it is trained on them.
+
+    Raises UserError for labels that cannot be read, that no prior uses, or of no training image.
+    """
+    if recipe.labels is None:
+        return (
+            replace(recipe, labels=drawn_labels()) if drawn and recipe.prior == "flow" else recipe
+        )
+    if recipe.prior != "flow":
+        raise UserError(
+            f"--labels {recipe.labels}: only a flow as the prior uses them: add --prior flow"
+        )
+    labels = read_labels(recipe.labels)
+    paths = [images.metadata(i)["path"] for i in range(min(len(images), SOME_IMAGES))]
+    if not any(path in labels.files for path in paths):
+        raise UserError(
+            f"--labels {recipe.labels}: it has no row for any of {len(paths):,} training images. "
+            f"Its column 'file' begins with {next(iter(labels.files))}, the images with {paths[0]}"
+        )
+    return recipe
+
+
 def _refuse_run_among_images(out: Path, source: Path) -> None:
     if os.path.isdir(source) and out.resolve().is_relative_to(source.resolve()):
         raise UserError(
@@ -136,14 +180,9 @@ def _refuse_run_among_images(out: Path, source: Path) -> None:
 
 
 def _print_plan(
-    name: str,
-    config: Config,
-    recipe: Recipe,
-    *,
-    source: Path,
-    crop: Crop | None,
-    devices: Devices,
+    task: Task, recipe: Recipe, *, crop: Crop | None, began: float, devices: Devices
 ) -> None:
+    name, source = task.name, task.source
     prepared, files = find_prepared(source, size=recipe.model.size, crop=crop)
     if prepared is None:
         images = round(0.9 * files)
@@ -153,22 +192,37 @@ def _print_plan(
         print(f"{name}: {source}, prepared in {prepared}")
     if not images:
         raise UserError(f"no images in {source}: no file there could be one")
+    if recipe.minutes:
+        if prepared is None:
+            raise UserError(
+                f"how much can be trained in {recipe.minutes:g} minutes is measured on prepared "
+                f"images: `vaejax prepare {source} --size {recipe.model.size}` prepares them"
+            )
+        some, held_out = (data.Images(prepared, split) for split in ("train", "validation"))
+        elapsed = time.monotonic() - began
+        recipe = steps_from_minutes(recipe, some, held_out, elapsed=elapsed, devices=devices)
     length = plan.make_plan(recipe, images=images)
     print(plan.describe_plan(recipe, length, images=images))
     to_prepare = files if prepared is None else 0
-    print(plan.forecast(recipe, length, devices=devices, keep=config.keep, to_prepare=to_prepare))
+    keep = task.config.keep
+    print(plan.forecast(recipe, length, devices=devices, keep=keep, to_prepare=to_prepare))
     print("a dry run: nothing was written, but for kernels in the cache")
 
 
-def _spec(name: str, config: Config, recipe: Recipe, *, source: Path, prepared: Path) -> RunSpec:
-    """Print what will be done, and return what identifies the run."""
+def _spec(task: Task, recipe: Recipe) -> RunSpec:
+    """Return what identifies the run.
+
+    The updates of a recipe of so many minutes are no part of that, and 1 until they are known.
+    """
+    config, prepared = task.config, task.prepared
     images = len(data.Images(prepared, "train"))
+    if recipe.minutes and not recipe.steps:
+        recipe = replace(recipe, steps=1)
     length = plan.make_plan(recipe, images=images)
-    print(plan.describe_plan(recipe, length, images=images))
     report = read_dataset_report(prepared)
     schedule = Schedule(
         recipe=recipe.name,
-        source=str(source.absolute()),
+        source=str(task.source.absolute()),
         prepared=str(prepared.absolute()),
         images=images,
         updates=length.updates,
@@ -181,28 +235,66 @@ def _spec(name: str, config: Config, recipe: Recipe, *, source: Path, prepared: 
         prior_steps=recipe.prior_steps,
         prior_width=recipe.prior_width,
         prior_depth=recipe.prior_depth,
+        labels=str(recipe.labels.absolute()) if recipe.labels else None,
     )
     # the same images by person are split in another way
     facts = {field: report[field] for field in ("fingerprint", "persons", "splits")}
-    return run_spec(name, config, recipe, data=facts, schedule=schedule)
+    return run_spec(task.name, config, recipe, data=facts, schedule=schedule)
 
 
-def _open_folder(spec: RunSpec, config: Config, stack: ExitStack) -> Path:
+def _open_folder(task: Task, recipe: Recipe, stack: ExitStack) -> Path:
     """Find or create the run's folder, and lock it until the stack is closed."""
+    config = task.config
     folder = run.choose_folder(
-        spec, out=config.out, fresh=config.fresh, accept_changed_data=config.accept_changed_data
+        _spec(task, recipe),
+        out=config.out,
+        fresh=config.fresh,
+        accept_changed_data=config.accept_changed_data,
     )
     stack.enter_context(run.locked(folder))
+    return folder
+
+
+def _with_length(
+    task: Task, recipe: Recipe, folder: Path, *, began: float, devices: Devices
+) -> Recipe:
+    """Return the recipe with the numbers of updates that its minutes allow.
+
+    They are measured for a new run, and read from the folder of one that goes on.
+    """
+    if not recipe.minutes:
+        return recipe
+    saved = dev.broadcast(lambda: _stored_length(folder))
+    if saved is not None:
+        steps, prior_steps = saved
+        return replace(recipe, steps=steps, prior_steps=prior_steps)
+    images, held_out = (data.Images(task.prepared, split) for split in ("train", "validation"))
+    return steps_from_minutes(
+        recipe, images, held_out, elapsed=time.monotonic() - began, devices=devices
+    )
+
+
+def _stored_length(folder: Path) -> list[int] | None:
+    """Return the updates of a run and of its prior, as its folder or a checkpoint has them."""
+    try:
+        try:
+            schedule = run.read_spec(folder).schedule
+        except run.UnreadableSpec:
+            schedule = RunSpec.from_json(checkpoint.saved_spec(folder)).schedule
+    except ValueError:
+        return None
+    return [schedule.updates, schedule.prior_steps]
+
+
+def _write_spec(folder: Path, spec: RunSpec) -> None:
     try:
         saved = run.read_spec(folder)
     except run.UnreadableSpec:  # there is none yet, or `choose_folder` has warned about it
-        saved = None
-    if saved is None:
         with run.storage_errors(folder / "config.json"):
             run.write_spec(folder, spec)
-    elif differences(saved, spec, without_data=True):
+        return
+    if differences(saved, spec, without_data=True):
         raise UserError(f"another run was begun in {folder} at this moment: start again")
-    return folder
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +39,8 @@ class Plan(NamedTuple):
 def make_plan(recipe: Recipe, *, images: int) -> Plan:
     """Count the updates of a run. Raises UserError where a batch is larger than the data set."""
     per_epoch = batches.steps_per_epoch(images, recipe.batch_size)
-    updates = recipe.epochs * per_epoch
-    return Plan(per_epoch, min(updates, recipe.steps or updates))
+    bounds = recipe.steps, recipe.epochs and recipe.epochs * per_epoch
+    return Plan(per_epoch, min(bound for bound in bounds if bound))
 
 
 def describe_plan(recipe: Recipe, plan: Plan, *, images: int) -> str:
@@ -58,8 +59,20 @@ def describe_plan(recipe: Recipe, plan: Plan, *, images: int) -> str:
         f"updates  by {_words(describe(recipe.optimizer))}, {rate}\n"
         f"{weights}"
         f"length   {plan.updates:,} updates of {recipe.batch_size} images: {plan.epochs:,} epochs "
-        f"of {plan.per_epoch:,}, {images:,} training images" + (", flipped at random" * recipe.flip)
+        f"of {plan.per_epoch:,}, {images:,} training images"
+        + (", flipped at random" * recipe.flip)
+        + _prior_words(recipe)
     )
+
+
+def _prior_words(recipe: Recipe) -> str:
+    if recipe.prior == "normal":
+        return ""
+    words = f"\nprior    {recipe.prior}, fitted to the posterior means at the end"
+    if recipe.prior == "flow":
+        width, depth = recipe.prior_width, recipe.prior_depth
+        words += f": {recipe.prior_steps:,} updates, width {width}, depth {depth}"
+    return words
 
 
 def _words(settings: Mapping[str, Any]) -> str:
@@ -77,8 +90,8 @@ class Measured(NamedTuple):
     finite: bool  # whether all metrics are
 
 
-def measure(recipe: Recipe, *, devices: Devices, updates: int = 1) -> Measured:
-    """Make a few real updates, on noise, of a run of so many."""
+def measure(recipe: Recipe, *, devices: Devices, updates: int = 1, repeats: int = 2) -> Measured:
+    """Make a few real updates, on noise, of a run of so many; `seconds` are the median."""
     model, trainer = recipe.model, recipe.trainer(updates=updates)
     frozen = recipe.frozen() if recipe.frozen else None
     key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(devices))()
@@ -93,14 +106,14 @@ def measure(recipe: Recipe, *, devices: Devices, updates: int = 1) -> Measured:
     checkpoint = state_bytes(state)
     refuse_too_much(step.memory, checkpoint, recipe, devices)
     seconds, finite = [], True
-    for _ in range(3):
+    for _ in range(1 + repeats):
         began = time.monotonic()
         state, metrics = step.run(state, mine, key)
         finite &= all(bool(np.isfinite(value)) for value in metrics.values())
         seconds.append(time.monotonic() - began)
     memory = step.memory * (devices.count if on_cpu() else 1)
     # the first update also warms up
-    return Measured(compile_seconds, min(seconds[1:]), memory, checkpoint, finite)
+    return Measured(compile_seconds, median(seconds[1:]), memory, checkpoint, finite)
 
 
 def disk_needed(recipe: Recipe, plan: Plan, *, keep: int, checkpoint: int) -> int:

@@ -16,15 +16,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vaejax import flow, generate, priors
 from vaejax.data import batches as data
 from vaejax.data.batches import Images
+from vaejax.data.labels import NO_LABELS, Labels, parse_condition, read_labels
 from vaejax.errors import CheckpointError, UserError
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
@@ -38,7 +40,7 @@ from vaejax.training.compiled import (
     compile_train_step,
     state_bytes,
 )
-from vaejax.training.config import RunSpec, describe, differences
+from vaejax.training.config import Recipe, RunSpec, describe, differences
 from vaejax.training.devices import Devices
 from vaejax.training.guards import DiskGuard, FiniteGuard, MemoryGuard, SignalGuard
 from vaejax.training.logger import PriorLogger
@@ -58,13 +60,24 @@ OPTIMIZER = partial(adam, b1=0.9, b2=0.99, clip_norm=1.0)
 # Which prior --------------------------------------------------------------------------------------
 
 
-def load(loaded: run.LoadedRun, name: priors.PriorName, *, steps: int | None = None) -> Prior:
+def load(
+    loaded: run.LoadedRun,
+    name: priors.PriorName,
+    *,
+    steps: int = priors.SAMPLER_STEPS,
+    condition: str = "",
+) -> Prior:
     """Return a prior of a run by its name; a mixture that it does not have yet is fitted now.
 
-    `steps` are those of a flow's sampler. Raises UserError where there is no such prior, or another
-    process trains in the folder.
+    `steps` are those of a flow's sampler, `condition` the attributes of the faces that it draws.
+    Raises UserError where there is no such prior, or another process trains in the folder.
     """
     model = loaded.model
+    if condition and name != "flow":
+        raise UserError(
+            f"--condition {condition}: only a flow draws faces with some attributes. `vaejax "
+            f"fit-prior {loaded.folder} --labels FILE.csv` fits one"
+        )
     if name == "normal":
         if not autoencoder.is_variational(model):
             raise UserError(
@@ -75,7 +88,7 @@ def load(loaded: run.LoadedRun, name: priors.PriorName, *, steps: int | None = N
             )
         return StandardNormal(model)
     if name == "flow":
-        return _load_flow(loaded, steps or priors.SAMPLER_STEPS)
+        return _load_flow(loaded, steps, condition)
     priors.require_mixture_fits(model)
     if (mixture := _load_mixture(loaded)) is None:
         with run.locked(loaded.folder):
@@ -117,7 +130,9 @@ def is_current(loaded: run.LoadedRun) -> bool:
         return is_fitted(loaded, settings.prior)
     saved = RunSpec.from_json(checkpoint.saved_spec(flow_folder(loaded.folder)))
     same_length = saved.schedule.updates == settings.prior_steps
-    return same_length and saved.model == flow.to_json(_network(loaded))
+    labels = _labels(loaded)
+    same_labels = saved.data.get("labels") == labels.sha256
+    return same_length and same_labels and saved.model == flow.to_json(_network(loaded, labels))
 
 
 def possible(name: priors.PriorName, model: Autoencoder, *, images: int) -> priors.PriorName:
@@ -204,7 +219,7 @@ def flow_folder(folder: Path) -> Path:
     return folder / priors.FOLDER / "flow"
 
 
-def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
+def _load_flow(loaded: run.LoadedRun, steps: int, condition: str = "") -> FlowPrior:
     """Read the flow of a run.
 
     Raises UserError unless it is complete and of these weights, CheckpointError if it is damaged.
@@ -218,6 +233,7 @@ def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
         try:
             spec = RunSpec.from_json(saved.spec)
             network = flow.from_json(spec.model, latents=priors.latent_dimensions(loaded.model))
+            attributes = _attributes(spec, network)
         except ValueError as error:
             raise CheckpointError(f"{saved.path} is of no flow: {error}") from None
         if spec.data.get("weights") != digest:
@@ -231,7 +247,14 @@ def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
             )
         like = jax.eval_shape(partial(flow.init, network), jax.random.key(0))
         weights = checkpoint.restore_weights(saved, like, ema=True)
-        return FlowPrior(network, weights.params, weights.batch_stats, loaded.model, steps=steps)
+        return FlowPrior(
+            network,
+            weights.params,
+            weights.batch_stats,
+            loaded.model,
+            steps=steps,
+            condition=parse_condition(condition, attributes) if condition else (),
+        )
 
     try:
         return checkpoint.with_newest(folder, restore)
@@ -239,23 +262,25 @@ def _load_flow(loaded: run.LoadedRun, steps: int) -> FlowPrior:
         raise CheckpointError(f"{error}. {again} anew") from None
 
 
+def _attributes(spec: RunSpec, network: flow.FlowMLP) -> dict[str, list[str]]:
+    """Return the values of each attribute that a flow knows. Raises ValueError if damaged."""
+    found: Any = spec.data.get("attributes")
+    attributes: dict[Any, Any] = found if isinstance(found, dict) else {"": None}
+    lists = all(isinstance(values, list) for values in attributes.values())
+    if not lists or tuple(map(len, attributes.values())) != network.labels:
+        raise ValueError("its attributes are not those of its network")
+    return {str(name): [str(value) for value in values] for name, values in attributes.items()}
+
+
 def _train_flow(loaded: run.LoadedRun, resources: Resources) -> None:
     """Train a flow on the posterior means of a run, from its last checkpoint if it has one."""
     devices, folder = resources.devices, flow_folder(loaded.folder)
     resources.say("fitting the prior: the posterior means of all images …")
-    codes, held_out = _codes(loaded)
-    network = _network(loaded)
-    spec = _flow_spec(loaded, network, images=len(codes.z), devices=devices)
-    updates = spec.schedule.updates
-    rate = schedule(LEARNING_RATE, warmup_steps=WARMUP, decay_steps=updates)
-    trainer = Trainer(
-        network,
-        partial(flow.flow_matching),
-        OPTIMIZER(rate),
-        ema_decay=EMA_DECAY,
-        init=flow.init,
-        batch_loss=flow.batch_loss,
-    )
+    labels = _labels(loaded)
+    codes, held_out = _codes(loaded, labels)
+    network = _network(loaded, labels)
+    spec = _flow_spec(loaded, network, labels, images=len(codes.z), devices=devices)
+    trainer = _trainer(network, updates=spec.schedule.updates)
     replicated = dev.replicated(devices)
     root = jax.random.fold_in(jax.random.key(spec.seed), 1)  # the run's own keys are split from it
     init_key, train_key, validation_key = jax.device_put(jax.random.split(root, 3), replicated)
@@ -301,18 +326,76 @@ def _train_flow(loaded: run.LoadedRun, resources: Resources) -> None:
     disk.refuse_failing(checkpoint.newest_path(folder))
 
 
-def _network(loaded: run.LoadedRun) -> flow.FlowMLP:
+def _trainer(network: flow.FlowMLP, *, updates: int) -> Trainer:
+    rate = schedule(LEARNING_RATE, warmup_steps=WARMUP, decay_steps=updates)
+    return Trainer(
+        network,
+        partial(flow.flow_matching),
+        OPTIMIZER(rate),
+        ema_decay=EMA_DECAY,
+        init=flow.init,
+        batch_loss=flow.batch_loss,
+    )
+
+
+def measure(recipe: Recipe, *, images: int, devices: Devices, repeats: int) -> float:
+    """Return the median seconds of an update of a recipe's flow, on noise in place of latents."""
+    latents = priors.latent_dimensions(recipe.model)
+    network = flow.FlowMLP(latents, recipe.prior_width, recipe.prior_depth)
+    trainer = _trainer(network, updates=1000)
+    replicated = dev.replicated(devices)
+    key = jax.device_put(jax.random.key(0), replicated)
+    state = compile_init(trainer, devices=devices)(key)
+    batch_size = _batch_size(images, devices)
+    z = np.random.default_rng(0).standard_normal((batch_size, latents), np.float32)
+    batch = jax.ShapeDtypeStruct((batch_size,), np.int32)
+    step = compile_train_step(trainer, state, _unlabeled(z), batch, key, devices=devices)
+    indices = np.arange(batch_size, dtype=np.int32)[dev.rows(devices, batch_size)]
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.monotonic()
+        state, metrics = step.run(state, indices, key)
+        jax.block_until_ready(metrics)
+        seconds.append(time.monotonic() - began)
+    return median(seconds[1:])  # the first one also warms up
+
+
+def _batch_size(images: int, devices: Devices) -> int:
+    # a power of 2, which most numbers of devices divide: none of them trains another flow
+    return min(BATCH, 1 << (images.bit_length() - 1)) // devices.count * devices.count
+
+
+def _labels(loaded: run.LoadedRun) -> Labels:
+    path = loaded.spec.schedule.labels
+    return read_labels(Path(path)) if path else NO_LABELS
+
+
+def _network(loaded: run.LoadedRun, labels: Labels) -> flow.FlowMLP:
     settings, latents = loaded.spec.schedule, priors.latent_dimensions(loaded.model)
-    return flow.FlowMLP(latents, settings.prior_width, settings.prior_depth)
+    values = tuple(len(values) for values in labels.attributes.values())
+    return flow.FlowMLP(latents, settings.prior_width, settings.prior_depth, values)
 
 
-def _codes(loaded: run.LoadedRun) -> tuple[flow.Codes, flow.Codes]:
+def _codes(loaded: run.LoadedRun, labels: Labels) -> tuple[flow.Codes, flow.Codes]:
     """Compute what a flow learns from, and what it is validated on."""
-    parts = [_posterior_means(loaded, "train")]
+    images = [Images(Path(loaded.spec.schedule.prepared), s) for s in ("train", "validation")]
+    train, held_out = (
+        flow.Codes(_posterior_means(loaded, split), _numbers(labels, of))
+        for split, of in zip(("train", "validation"), images, strict=True)
+    )
     if loaded.spec.flip:
-        parts.append(_posterior_means(loaded, "train", mirrored=True))
-    held_out = _posterior_means(loaded, "validation")
-    return _unlabeled(np.concatenate(parts)), _unlabeled(held_out)
+        mirrored = _posterior_means(loaded, "train", mirrored=True)
+        train = flow.Codes(
+            np.concatenate([train.z, mirrored]), np.concatenate([train.labels, train.labels])
+        )
+    return train, held_out
+
+
+def _numbers(labels: Labels, images: Images) -> Int[np.ndarray, "n a"]:
+    count = min(len(images), MAX_IMAGES)
+    if not labels.attributes:  # which spares reading the paths
+        return np.zeros((count, 0), np.int32)
+    return labels.of(images.metadata(i)["path"] for i in range(count))
 
 
 def _unlabeled(z: Float[np.ndarray, "n d"]) -> flow.Codes:
@@ -320,12 +403,15 @@ def _unlabeled(z: Float[np.ndarray, "n d"]) -> flow.Codes:
 
 
 def _flow_spec(
-    loaded: run.LoadedRun, network: flow.FlowMLP, *, images: int, devices: Devices
+    loaded: run.LoadedRun,
+    network: flow.FlowMLP,
+    labels: Labels,
+    *,
+    images: int,
+    devices: Devices,
 ) -> RunSpec:
     """Describe the training of a flow as that of a run."""
     settings = loaded.spec.schedule
-    # a power of 2, which most numbers of devices divide: none of them trains another flow
-    batch_size = min(BATCH, 1 << (images.bit_length() - 1)) // devices.count * devices.count
     updates = settings.prior_steps
     optimizer = {
         **describe(OPTIMIZER),
@@ -338,12 +424,17 @@ def _flow_spec(
         model=flow.to_json(network),
         loss={"kind": "flow_matching"},
         optimizer=optimizer,
-        batch_size=batch_size,
+        batch_size=_batch_size(images, devices),
         micro_batch=None,
         ema_decay=EMA_DECAY,
         flip=loaded.spec.flip,
+        minutes=None,
         seed=loaded.spec.seed,
-        data={"weights": loaded.weights.digest},
+        data={
+            "weights": loaded.weights.digest,
+            "labels": labels.sha256,
+            "attributes": labels.attributes,
+        },
         schedule=replace(
             settings,
             images=images,
