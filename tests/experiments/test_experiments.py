@@ -53,7 +53,10 @@ def test_a_person_starts_it_without_data_and_gets_new_faces(tmp_path: Path):
     """As a process of its own: the quick recipe, on the drawn faces."""
     command = [sys.executable, str(ROOT / "experiments" / "anime.py"), "--size", "32"]
     done = subprocess.run(
-        [*command, "--steps", "1", "--prior-steps", "2", "--out", "run"], capture_output=True, text=True, timeout=600
+        [*command, "--steps", "1", "--prior-steps", "2", "--out", "run"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "training on the drawn faces of vaejax, quick recipe" in done.stdout

@@ -334,6 +334,17 @@ def test_several_devices_train_the_same_flow(count: int, how: str, complete: Pat
         np.testing.assert_allclose(x["loss"], y["loss"], rtol=1e-4)
 
 
+def test_a_finished_run_takes_another_prior(copy: Path, many: Path):
+    before = digest(copy), (copy / "faces.png").read_bytes()
+    train(many, copy, prior="normal")
+    assert prior.default_name(run.load(copy)) == "normal"
+    assert "New faces, drawn from N(0, I)" in (copy / "README.md").read_text()
+    assert digest(copy) == before[0]
+    assert (copy / "faces.png").read_bytes() != before[1]
+    train(many, copy)  # whose flow is still there
+    assert (digest(copy), (copy / "faces.png").read_bytes()) == before
+
+
 # Labels -------------------------------------------------------------------------------------------
 
 

@@ -318,10 +318,7 @@ def _train_to_the_end(options: Options) -> None:
     folder, spec, recipe, devices = options[:4]
     arrays = _load_arrays(options)
     start, updates = int(arrays.state.step), spec.schedule.updates
-    finished = start >= updates and dev.broadcast(lambda: run.status(folder)) == "finished"
-    if finished and dev.broadcast(
-        lambda: recipe.prior == "normal" or run_prior.is_current(_loaded(options, arrays.state))
-    ):
+    if start >= updates and dev.broadcast(lambda: _is_finished(options, arrays.state)):
         if dev.is_first():
             visualize.write_readme(folder, run.read_spec(folder), run.last_status(folder))
         print(f"{folder} is finished: {start:,} updates are done, {updates:,} were requested.")
@@ -358,6 +355,14 @@ def _train_to_the_end(options: Options) -> None:
         if logger:
             logger.finished(state, prior)
         disk.refuse_failing(checkpoint.newest_path(folder))
+
+
+def _is_finished(options: Options, state: TrainState) -> bool:
+    """Tell whether nothing is left to do, with the prior that this command asks for."""
+    folder, prior = options.folder, options.recipe.prior
+    if run.status(folder) != "finished" or run.read_spec(folder).schedule.prior != prior:
+        return False
+    return prior == "normal" or run_prior.is_current(_loaded(options, state))
 
 
 def _train(
