@@ -1,6 +1,7 @@
 """Anime faces: the report's VAE of 27 million parameters at 64 pixels, or recipes that draw better.
 
     python experiments/anime.py                    drawn faces, the quick recipe: minutes on a CPU
+    python experiments/anime.py --conditional      the same, to draw faces with blue hair or glasses
     python experiments/anime.py --data faces.zip   the report's run on your own folder or zip
     python experiments/anime.py --data faces.zip --recipe faces   better faces, in 30 minutes
     python experiments/anime.py --help             every flag

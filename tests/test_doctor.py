@@ -51,6 +51,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         batch_size=8,
         micro_batch=None,
         ema_decay=None,
+        minutes=None,
         flip=False,
         seed=0,
         data={},
@@ -124,7 +125,8 @@ def test_the_summary_of_an_experiment_has_a_table_for_each_of_its_models():
     assert "anime, report recipe" in text
     assert "27,085,711 parameters" in text
     assert "anime, quick recipe" in text
-    assert text.count("parameters:") == 2
+    assert "anime, faces recipe" in text
+    assert text.count("parameters:") == 3
 
 
 def test_what_is_neither_an_experiment_nor_a_run_is_refused(

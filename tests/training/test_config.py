@@ -179,7 +179,7 @@ def test_every_flag_of_an_experiment_sets_something_in_one_of_its_recipes(name: 
     assert recipes
     settable = {"epochs", "steps", "batch_size", "micro_batch", "learning_rate", "warmup_steps"}
     settable |= {"ema_decay", "flip", "prior", "prior_steps", "prior_width", "prior_depth"}
-    settable |= {"minutes", "labels"}
+    settable |= {"minutes", "labels", "conditional"}
     for recipe in recipes:
         settable |= set(hyperparameters(type(recipe.model)))
         settable |= losses.settings(recipe.loss).keys()

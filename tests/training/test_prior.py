@@ -400,4 +400,6 @@ def test_labels_that_no_prior_can_use_are_refused_before_training(many: Path, tm
         train(many, tmp_path / "run", labels=labels)
     with pytest.raises(UserError, match="cannot be read"):
         train(many, tmp_path / "run", labels=tmp_path / "none.csv")
+    with pytest.raises(UserError, match=r"--conditional: --labels FILE.csv has to say"):
+        train(many, tmp_path / "run", conditional=True)
     assert not (tmp_path / "run").exists()

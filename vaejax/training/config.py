@@ -76,7 +76,8 @@ class Config(RunFlags):
     prior_steps: int | None = None  # updates of a flow
     prior_width: int | None = None  # of a flow's layers
     prior_depth: int | None = None  # residual layers of a flow
-    labels: Path | None = None  # CSV of attributes (file,hair_colour,...), for conditional faces
+    labels: Path | None = None  # CSV of attributes (file,hair_colour,...), for faces with some
+    conditional: bool = False  # learn the attributes of the drawn faces, which have labels
     compute: Literal["float32", "bfloat16"] | None = None  # what is multiplied; bfloat16 for GPUs
 
 
@@ -108,6 +109,7 @@ class Recipe:
     prior_width: int = 512
     prior_depth: int = 4
     labels: Path | None = None  # of the faces; a flow can then be asked for some of them
+    conditional: bool = False  # take the labels of the drawn faces
     frozen: Callable[[], PyTree] | None = None  # loads networks that the loss uses, not trained
 
     @property
@@ -295,6 +297,13 @@ class RunSpec:
         for name, item in [*values.items(), *spec.items()]:
             if problem := _problem(name, item):
                 raise ValueError(problem)
+        for numbers, name in (
+            (spec, "checkpoint_minutes"),
+            (values, "minutes"),
+            (values, "ema_decay"),
+        ):
+            if numbers[name] is not None:  # JSON's 3 is an integer
+                numbers[name] = float(numbers[name])
         return cls(**{**values, "schedule": Schedule(**spec)})  # pyright: ignore
 
 

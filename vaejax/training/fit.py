@@ -149,14 +149,16 @@ def refuse_uneven(recipe: Recipe, devices: Devices) -> None:
 
 
 def _with_labels(recipe: Recipe, images: data.Images, *, drawn: bool) -> Recipe:
-    """Return the recipe with the labels of the drawn faces, if it is trained on them.
+    """Return the recipe with the labels of the drawn faces, if it is conditional.
 
     Raises UserError for labels that cannot be read, that no prior uses, or of no training image.
     """
+    if recipe.conditional and recipe.labels is None:
+        if not drawn:
+            raise UserError("--conditional: --labels FILE.csv has to say what your faces show")
+        recipe = replace(recipe, labels=drawn_labels())
     if recipe.labels is None:
-        return (
-            replace(recipe, labels=drawn_labels()) if drawn and recipe.prior == "flow" else recipe
-        )
+        return recipe
     if recipe.prior != "flow":
         raise UserError(
             f"--labels {recipe.labels}: only a flow as the prior uses them: add --prior flow"

@@ -264,7 +264,7 @@ def _load_flow(loaded: run.LoadedRun, steps: int, condition: str = "") -> FlowPr
 
 def _attributes(spec: RunSpec, network: flow.FlowMLP) -> dict[str, list[str]]:
     """Return the values of each attribute that a flow knows. Raises ValueError if damaged."""
-    found: Any = spec.data.get("attributes")
+    found: Any = spec.data.get("attributes", {})
     attributes: dict[Any, Any] = found if isinstance(found, dict) else {"": None}
     lists = all(isinstance(values, list) for values in attributes.values())
     if not lists or tuple(map(len, attributes.values())) != network.labels:
