@@ -297,13 +297,10 @@ class RunSpec:
         for name, item in [*values.items(), *spec.items()]:
             if problem := _problem(name, item):
                 raise ValueError(problem)
-        for numbers, name in (
-            (spec, "checkpoint_minutes"),
-            (values, "minutes"),
-            (values, "ema_decay"),
-        ):
-            if numbers[name] is not None:  # JSON's 3 is an integer
-                numbers[name] = float(numbers[name])
+        numbers: dict[str, Any] = {**spec, **values}  # JSON's 3 is an integer, for 3.0
+        spec["checkpoint_minutes"] = float(numbers["checkpoint_minutes"])
+        for name in ("minutes", "ema_decay"):
+            values[name] = None if numbers[name] is None else float(numbers[name])
         return cls(**{**values, "schedule": Schedule(**spec)})  # pyright: ignore
 
 
