@@ -8,8 +8,8 @@ from vaejax.training.config import Recipe
 from vaejax.training.optimizer import adam
 
 # Many, varied faces: each vector of z tells of its own region, and more of a face is kept than a
-# single vector would hold; a wide flow learns how regions go together. docs/faces.md has what each
-# part of it brings.
+# single vector would hold; a wide flow learns how regions go together. docs/faces.md has what it
+# draws.
 FACES = Recipe(
     "faces",
     SpatialVAE(width=64),

@@ -126,7 +126,7 @@ def _with_verified_checksums(image: Image.Image, data: bytes) -> Image.Image:
     try:
         image.verify()  # after which Pillow needs it opened anew
         return Image.open(io.BytesIO(data), formats=("PNG",))
-    except Exception:
+    except Exception:  # as in open_image
         raise Refused("truncated or damaged") from None
 
 
@@ -135,7 +135,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         transpose = _TRANSPOSE_OF_ORIENTATION.get(orientation)
-    except Exception:
+    except Exception:  # Pillow raises many kinds for damaged EXIF, which is no reason to refuse
         return image
     return image if transpose is None else image.transpose(transpose)
 

@@ -84,9 +84,10 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
             )
         )
     )
-    images = len(data.Images(Path(prepared), "train"))
+    training = data.Images(Path(prepared), "train")
+    images = len(training)
     recipe = replace(recipe, prior=run_prior.possible(recipe.prior, recipe.model, images=images))
-    recipe = _with_labels(recipe, data.Images(Path(prepared), "train"), drawn=config.data is None)
+    recipe = _with_labels(recipe, training, drawn=config.data is None)
     task = Task(name, config, source, Path(prepared))
     with ExitStack() as stack:
         folder = Path(dev.broadcast(lambda: str(_open_folder(task, recipe, stack))))
