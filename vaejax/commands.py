@@ -169,7 +169,7 @@ def fit_prior(command: FitPrior) -> None:
     require_counts(command, "steps", "width", "depth")
     from dataclasses import replace
 
-    from vaejax.training import devices, prior, run
+    from vaejax.training import devices, flow_prior, prior, run
     from vaejax.training.guards import SignalGuard
 
     loaded = load(command.run)
@@ -185,7 +185,7 @@ def fit_prior(command: FitPrior) -> None:
     )
     loaded = loaded._replace(spec=replace(loaded.spec, schedule=chosen))
     with run.locked(loaded.folder), SignalGuard().listening() as signals:
-        prior.fit(loaded, prior.Resources(devices.choose(), signals))
+        prior.fit(loaded, flow_prior.Resources(devices.choose(), signals))
         run.write_spec(loaded.folder, loaded.spec)
     print(f"{loaded.folder} has a {name} prior: `vaejax sample {command.run}` draws from it")
 

@@ -16,7 +16,7 @@ from vaejax import commands, doctor
 from vaejax.data import batches as data_batches
 from vaejax.errors import CheckpointError, UserError, VaejaxError
 from vaejax.system import versions
-from vaejax.training import checkpoint, devices, fit, run, visualize
+from vaejax.training import checkpoint, devices, finish, run, visualize
 from vaejax.training.checkpoint import Checkpoint
 from vaejax.training.step import TrainState, init
 
@@ -266,7 +266,7 @@ def test_other_versions_are_one_warning(
     assert "other versions" not in capsys.readouterr().err
     leave(folder, "stopped")
     now = versions()
-    monkeypatch.setattr(fit, "versions", lambda: {**now, "flax": "99.0"})
+    monkeypatch.setattr(finish, "versions", lambda: {**now, "flax": "99.0"})
     train(data, folder)
     assert capsys.readouterr().err.count(f"flax {now['flax']} → 99.0") == 1
 
