@@ -24,6 +24,7 @@ ALLOWED = {
     "plots": {"files", "metrics"},
     "data": {"errors", "files", "pictures"},
     "distributions": set(),
+    "terminal": set(),
     "models": {"errors", "distributions", "kernels"},
     "losses": {"distributions", "models"},
     "flow": {"losses", "models"},
@@ -31,20 +32,20 @@ ALLOWED = {
     "generate": {"data", "losses", "models", "priors"},
     "training": {
         "data", "errors", "files", "flow", "generate", "kernels", "losses", "metrics", "models",
-        "nearest", "pictures", "plots", "priors", "system",
+        "nearest", "pictures", "plots", "priors", "system", "terminal",
     },
     "recipes": {"losses", "models", "training"},
     "evaluation": {
         "data", "distributions", "errors", "files", "generate", "losses", "metrics", "models",
-        "nearest", "pictures", "plots", "priors", "system", "training",
+        "nearest", "pictures", "plots", "priors", "system", "terminal", "training",
     },
     "doctor": {
-        "errors", "files", "kernels", "losses", "metrics", "models", "system", "training",
-        "__init__",
+        "errors", "files", "kernels", "losses", "metrics", "models", "system", "terminal",
+        "training", "__init__",
     },
     "commands": {
         "data", "doctor", "errors", "evaluation", "files", "generate", "models", "pictures",
-        "training",
+        "terminal", "training",
     },
     "cli": {"commands", "errors", "files", "training"},
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The commands of `vaejax`: the flags of each as a dataclass, and what it does as a function."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
+from vaejax import terminal
 from vaejax.errors import UserError
 
 # JAX and the rest are imported by the commands that need them: --help and a mistake answer at once.
@@ -316,7 +318,7 @@ def evaluate(command: Evaluate) -> None:
     )
     evaluation = evaluate_run(trained_run, config, network, missing_features=missing)
     tables.write(folder, evaluation)
-    print("\n".join(tables.to_text(evaluation.json)))
+    print("\n".join(tables.to_text(evaluation.json, terminal.width(sys.stdout))))
     print(f"With pictures: {folder / 'evaluation.md'}")
 
 
@@ -333,7 +335,7 @@ def compare(command: Compare) -> None:
     refuse_unwritable(command.out.parent)
     evaluated = [compare.read_run(name) for name in command.runs]
     evaluations, remarks = compare.comparable(evaluated)
-    print("\n".join(compare.to_text(evaluations, remarks)))
+    print("\n".join(compare.to_text(evaluations, remarks, terminal.width(sys.stdout))))
     write_text(command.out, compare.page(evaluated, evaluations, remarks))
     print(f"With pictures: {command.out}")
 
@@ -342,7 +344,7 @@ def runs(_: Runs) -> None:
     """Print the table of all runs."""
     from vaejax import doctor
 
-    print(doctor.runs())
+    print(doctor.runs(terminal.width(sys.stdout)))
 
 
 def load(name: str):

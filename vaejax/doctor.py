@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import vaejax
-from vaejax import kernels, losses
+from vaejax import kernels, losses, terminal
 from vaejax.errors import UserError
 from vaejax.files import cache_folder
 from vaejax.metrics import first_and_last, shown_in
@@ -69,23 +69,20 @@ def _experiment(name: str) -> Path | None:
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def runs() -> str:
-    """Return a table of every run below `runs/`: status, progress, held-out metrics, size."""
+def runs(columns: int | None = None) -> str:
+    """Return a table of every run below `runs/`: status, progress, held-out metrics, size; for a
+    terminal of so many columns."""
     table: list[tuple[str, ...]] = [
-        ("run", "state", "epoch", "updates", "held out", "size", "changed")
+        ("run", "state", "epoch", "held out", "changed", "size", "updates")
     ]
     for folder in run.numbered():
         try:
             table.append(_row(folder))
         except UserError as error:
-            table.append((folder.name, "unreadable", "", "", str(error), "", ""))
+            table.append((folder.name, "unreadable", "", str(error), "", "", ""))
     if len(table) == 1:
         return f"there is no run in {run.ROOT.absolute()} yet"
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    )
+    return "\n".join(terminal.table(table, left=range(len(table[0])), columns=columns))
 
 
 def _row(folder: Path) -> tuple[str, ...]:
@@ -99,10 +96,10 @@ def _row(folder: Path) -> tuple[str, ...]:
         folder.name,
         run.actual_status(folder),
         f"{-(-done // schedule.updates_per_epoch)}/{schedule.epochs}",
-        f"{done:,}/{schedule.updates:,}",
         "  ".join(metrics),
-        format_bytes(_bytes(folder)),
         changed,
+        format_bytes(_bytes(folder)),
+        f"{done:,}/{schedule.updates:,}",
     )
 
 

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vaejax import terminal
 from vaejax.errors import UserError
 from vaejax.evaluation import tables
 from vaejax.evaluation.evaluate import FORMAT
@@ -131,14 +132,17 @@ def _name(value: Any) -> Any:
     return value.get("name") if isinstance(value, dict) and "name" in value else value
 
 
-def to_text(evaluations: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> list[str]:
-    """Write the tables as lines for the terminal; a star marks the best of a row."""
+def to_text(
+    evaluations: Sequence[Mapping[str, Any]], remarks: Sequence[str], columns: int | None = None
+) -> list[str]:
+    """Write the tables as lines for a terminal of so many columns; a star marks the best of a
+    row."""
     lines: list[str] = []
-    for title, head, rows in tables.tables(evaluations):
-        starred = [_star(row, evaluations) for row in rows]
-        aligned = tables.align([row[:-1] for row in [head, *starred]], left=(0,))
-        lines += ["", title, *aligned]
-    return [*lines, "", *remarks]
+    for title, head, cells in tables.tables(evaluations):
+        starred = [_star(row, evaluations) for row in cells]
+        rows = [row[:-1] for row in [head, *starred]]
+        lines += ["", title, *terminal.table(rows, left=(0,), columns=columns)]
+    return [*lines, "", *(terminal.wrap(remark, columns) for remark in remarks)]
 
 
 def _star(row: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vaejax import pictures, plots
+from vaejax import pictures, plots, terminal
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
 from vaejax.files import write_json, write_text
@@ -104,27 +104,23 @@ def _set_names(metrics: Collection[str], values: Sequence[Mapping[str, Any]]) ->
 # Formats ------------------------------------------------------------------------------------------
 
 
-def to_text(evaluation: Mapping[str, Any]) -> list[str]:
-    """Write the tables of an evaluation, and its notes, as lines for the terminal."""
+def to_text(evaluation: Mapping[str, Any], columns: int | None = None) -> list[str]:
+    """Write the tables of an evaluation, and its notes, as lines for a terminal of so many
+    columns."""
     lines: list[str] = []
     for table in tables([evaluation]):
         has_head = _has_sets_as_columns(table.title, [evaluation])
-        rows = align([table.head, *table.rows], left=(0, -3, -2, -1))
-        lines += ["", table.title, *(rows if has_head else rows[1:])]
-    return [*lines, "", *notes(evaluation)]
+        heads = _two_lines(table.head) if has_head else []
+        rows = terminal.table([*heads, *table.rows], left=(0, -3, -2, -1), columns=columns)
+        lines += ["", table.title, *rows]
+    return [*lines, "", *(terminal.wrap(note, columns) for note in notes(evaluation))]
 
 
-def align(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> list[str]:
-    """Pad cells to columns of equal width, to the left in the columns `left`, else to the right."""
-    width = len(rows[0])
-    left = {column % width for column in left}
-    widths = [max(len(row[i]) for row in rows) for i in range(width)]
-
-    def pad(column: int, cell: str) -> str:
-        return cell.ljust(widths[column]) if column in left else cell.rjust(widths[column])
-
-    lines = ["  ".join(pad(i, cell) for i, cell in enumerate(row)) for row in rows]
-    return [f"  {line}".rstrip() for line in lines]
+def _two_lines(head: Sequence[str]) -> list[list[str]]:
+    """Break names of sets such as "samples (flow)" into two lines, which keeps columns narrow."""
+    parts = [cell.partition(" (") for cell in head]
+    second = [f"({rest}" if rest else "" for _, _, rest in parts]
+    return [[first for first, _, _ in parts], *([second] if any(second) else [])]
 
 
 def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from vaejax import terminal
 from vaejax.data import batches as data
 from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError, VaejaxError
 from vaejax.metrics import read_lines
@@ -71,7 +72,7 @@ def finish(options: Options) -> None:
         if dev.is_first():
             visualize.write_readme(folder, run.read_spec(folder), run.last_status(folder))
         print(f"{folder} is finished: {start:,} updates are done, {updates:,} were requested.")
-        print(visualize.what_next(folder, recipe.model))
+        terminal.say(visualize.what_next(folder, recipe.model))
         return
     if start > updates:
         raise UserError(
@@ -261,7 +262,7 @@ def _compile(options: Options, arrays: Arrays) -> TrainStep:
         length = plan.Plan(spec.schedule.updates_per_epoch, spec.schedule.updates)
         needed = plan.disk_needed(recipe, length, keep=spec.schedule.keep, checkpoint=size)
         plan.warn_of_disk(folder, needed)
-    print(guards.refuse_too_much(compiled.memory, size, recipe, devices))
+    terminal.say(guards.refuse_too_much(compiled.memory, size, recipe, devices))
     print(f"compiled in {format_duration(time.monotonic() - began)}", flush=True)
     return compiled
 

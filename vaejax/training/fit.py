@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from vaejax import terminal
 from vaejax.data import batches as data
 from vaejax.data.faces import Crop, crop_from_flags
 from vaejax.data.labels import read_labels
@@ -77,7 +78,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         spec = _spec(task, recipe)
         dev.broadcast(lambda: _write_spec(folder, spec))
         length = plan.make_plan(recipe, images=images)
-        print(plan.describe_plan(recipe, length, images=images))
+        terminal.say(plan.describe_plan(recipe, length, images=images))
         signals = stack.enter_context(SignalGuard().listening())
         options = Options(folder, spec, recipe, devices, signals, config.max_ram)
         finish(options)
@@ -173,10 +174,10 @@ def _print_plan(
         elapsed = time.monotonic() - began
         recipe = steps_from_minutes(recipe, some, held_out, elapsed=elapsed, devices=devices)
     length = plan.make_plan(recipe, images=images)
-    print(plan.describe_plan(recipe, length, images=images))
+    terminal.say(plan.describe_plan(recipe, length, images=images))
     to_prepare = files if prepared is None else 0
     keep = task.config.keep
-    print(plan.forecast(recipe, length, devices=devices, keep=keep, to_prepare=to_prepare))
+    terminal.say(plan.forecast(recipe, length, devices=devices, keep=keep, to_prepare=to_prepare))
     print("a dry run: nothing was written, but for kernels in the cache")
 
 

@@ -1,8 +1,7 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, its status, one live line."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, its status."""
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,14 +15,14 @@ from tensorboardX.proto import event_pb2
 
 from vaejax.data.batches import Images
 from vaejax.files import atomic
-from vaejax.metrics import read_lines, shown_in
+from vaejax.metrics import read_lines
 from vaejax.models import autoencoder
 from vaejax.priors import Prior
-from vaejax.system import format_bytes, format_duration, process_memory
 from vaejax.training import copies, run, visualize
 from vaejax.training.config import RunSpec
 from vaejax.training.devices import device_memory_in_use
 from vaejax.training.guards import DiskGuard
+from vaejax.training.progress import Progress
 from vaejax.training.step import TrainState
 from vaejax.training.visualize import Visualizer
 
@@ -359,55 +358,3 @@ class _Board:
             if name not in ("step", "epoch", "split"):
                 scalar = summary.scalar(f"{name}/{line['split']}", value)
                 events.write_event(Event(wall_time=time.time(), step=line["step"], summary=scalar))
-
-
-class Progress:
-    """One line that is overwritten; a plain line every 30 s where there is no terminal."""
-
-    def __init__(
-        self, *, updates: int, epochs: int, batch_size: int, done: int = 0, what: str = ""
-    ):
-        self._updates, self._epochs, self._batch_size = updates, epochs, batch_size
-        self._what = f"{what} " if what else ""  # is trained, where it is not the autoencoder
-        self._live = sys.stderr.isatty()
-        self._start = self._last = (time.monotonic(), done)
-        self._shown = -float("inf")
-
-    def images_per_second(self, done: int) -> float:
-        """Return the speed since the last call, everything in between included."""
-        (then, before), self._last = self._last, (time.monotonic(), done)
-        return (done - before) * self._batch_size / (self._last[0] - then)
-
-    def show(
-        self, done: int, epoch: int, metrics: Mapping[str, float], *, device_memory: int | None
-    ) -> None:
-        """Show the line after `done` updates; `device_memory` is in bytes, if the device knows."""
-        now = time.monotonic()
-        if now - self._shown < (0.1 if self._live else 30):
-            return
-        self._shown = now
-        start, first = self._start
-        left = (now - start) / (done - first) * (self._updates - done)
-        parts = [
-            f"{self._what}epoch {epoch}/{self._epochs}",
-            f"step {done:,}/{self._updates:,}",
-            *(f"{n} {metrics[n]:.5f}" for n in shown_in("progress") if n in metrics),
-            f"{metrics['images_per_second']:,.0f} images/s",
-            f"{format_duration(left)} left",
-            f"RAM {format_bytes(process_memory())}",
-        ]
-        if device_memory is not None:
-            parts.append(f"device {format_bytes(device_memory)}")
-        line = "  ".join(parts)
-        if self._live:
-            width = 80
-            with suppress(OSError):  # the terminal is gone
-                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: not known
-            line = "\r" + line[: width - 1].ljust(width - 1)
-        print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print(text, flush=True)
