@@ -94,6 +94,27 @@ def test_a_film_shows_every_picture_from_first_to_last(tmp_path: Path):
     assert frames == sorted(frames)
 
 
+def test_a_film_shows_the_caption_of_each_frame_below_it(tmp_path: Path):
+    frames = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in frames:
+        pictures.save_png(path, np.zeros((60, 100, 3), np.uint8))
+    captions, height = ["epoch 1", "epoch 2", "epoch 3"], pictures.CAPTION_HEIGHT
+    mp4, gif = tmp_path / "film.mp4", tmp_path / "film.gif"
+    pictures.film(frames, mp4=mp4, gif=gif, captions=captions)
+    with Image.open(gif) as image:
+        shown = []
+        for i in range(3):
+            image.seek(i)
+            shown.append(np.asarray(image.convert("L")))
+    assert all(frame.shape == (60 + height, 100) for frame in shown)
+    assert all((frame[:60] < 8).all() for frame in shown)
+    below = [frame[60:] for frame in shown]
+    assert all(20 < (frame < 128).sum() < 500 for frame in below)  # dark letters on white
+    assert (below[0] != below[1]).any()
+    assert (below[1] != below[2]).any()
+    assert cv2.VideoCapture(str(mp4)).read()[1].shape == (60 + height, 100, 3)
+
+
 def test_a_long_film_keeps_its_first_and_last_picture(tmp_path: Path):
     _, gif = make_film(tmp_path, 20, max_frames=5)
     with Image.open(gif) as image:
@@ -153,8 +174,8 @@ from vaejax import pictures
 interrupts = []
 signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
 read = pictures._read
-def interrupted(frames):
-    for i, frame in enumerate(read(frames)):
+def interrupted(*arguments):
+    for i, frame in enumerate(read(*arguments)):
         if i == 2:
             os.killpg(0, signal.SIGINT)  # what a terminal does at Ctrl-C
         yield frame

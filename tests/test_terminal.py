@@ -1,6 +1,9 @@
 import os
 import pty
+import re
+import sys
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +67,26 @@ def test_the_progress_line_fits_and_shows_the_time_left(monkeypatch: pytest.Monk
             assert line.startswith("epoch 150/300  step 31,650/63,300")
             assert ("left" in line, "mse 0.00123" in line) == (columns > 40, columns > 40)
             assert ("RAM" in line) == (columns == 200)
+
+
+def test_what_is_printed_is_copied_to_the_log_without_lines_that_were_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    log = tmp_path / "log.txt"
+    for text in ("first\nse", "again\n"):
+        with terminal.copied_to(log):
+            print(text, end="")
+            print("\r1 %\r2 %", end="", file=sys.stderr)
+            print("\r\x1b[Kwarning: ä", file=sys.stderr)
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+    lines = [re.sub(stamp, "", line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines == ["first", "warning: ä", "again", "warning: ä"]
+    assert capsys.readouterr().out == "first\nseagain\n"
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path):
+    with terminal.copied_to(tmp_path / "no" / "log.txt"):
+        print("goes on")
+    with pytest.raises(OSError, match="of the run"), terminal.copied_to(tmp_path / "log.txt"):
+        raise OSError("of the run")
+    assert not isinstance(sys.stdout, terminal._Copied)

@@ -163,7 +163,9 @@ def sample(command: Sample) -> None:
         faces.append(np.asarray(generate.decode(params, batch_stats, z, model=loaded.model)))
     columns = max(1, round(len(seeds) ** 0.5))
     pictures.save_png(command.out, pictures.grid(np.concatenate(faces), columns=columns))
-    print(f"{len(seeds)} new faces from the {name} prior: {command.out}")
+    step = f"update {loaded.weights.step:,}"
+    noun = "face" if len(seeds) == 1 else "faces"
+    print(f"{len(seeds)} new {noun} from the {name} prior after {step}: {command.out}")
 
 
 def fit_prior(command: FitPrior) -> None:
@@ -293,7 +295,7 @@ def evaluate(command: Evaluate) -> None:
     from vaejax.evaluation import features, tables
     from vaejax.evaluation.evaluate import EvaluationConfig, load_run
     from vaejax.evaluation.evaluate import evaluate as evaluate_run
-    from vaejax.training import devices, run
+    from vaejax.training import devices, run, visualize
 
     devices.configure()
     folder = run.find(command.run)
@@ -318,6 +320,8 @@ def evaluate(command: Evaluate) -> None:
     )
     evaluation = evaluate_run(trained_run, config, network, missing_features=missing)
     tables.write(folder, evaluation)
+    if status := run.last_status(folder):
+        visualize.write_readme(folder, run.read_spec(folder), status)
     print("\n".join(tables.to_text(evaluation.json, terminal.width(sys.stdout))))
     print(f"With pictures: {folder / 'evaluation.md'}")
 

@@ -4,9 +4,11 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO, cast
 
 UNKNOWN_WIDTH = 80
 
@@ -44,6 +46,59 @@ def wrap(text: str, columns: int | None) -> str:
         )
         for line in text.split("\n")
     )
+
+
+@contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """Append every line that is printed meanwhile to a file as well, with its time.
+
+    A line that is overwritten in the terminal, as of progress, is left out. A disk that takes
+    nothing ends nothing.
+    """
+    file = None
+    with suppress(OSError):
+        file = path.open("ab", buffering=0)
+    if file is None:
+        yield
+        return
+    old = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Copied(stream, file)) for stream in old)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old
+        file.close()
+
+
+class _Copied(io.TextIOBase):
+    """A stream that is also written to a log, line by line."""
+
+    def __init__(self, stream: TextIO | io.TextIOBase, log: io.RawIOBase):
+        self._stream, self._log, self._line = stream, log, ""
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        *complete, self._line = (self._line + text).split("\n")
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        for line in complete:
+            with suppress(OSError):
+                self._log.write(f"{now}  {_visible(line)}\n".encode(errors="replace"))
+        self._line = _visible(self._line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def _visible(line: str) -> str:
+    """Return what stays of a line that was overwritten."""
+    return line.rpartition("\r")[2].removeprefix("\x1b[K")
 
 
 def say(text: str) -> None:

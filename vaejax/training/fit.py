@@ -74,6 +74,8 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     task = Task(name, config, source, Path(prepared))
     with ExitStack() as stack:
         folder = Path(dev.broadcast(lambda: str(_open_folder(task, recipe, stack))))
+        if dev.is_first():
+            stack.enter_context(terminal.copied_to(folder / "log.txt"))
         recipe = _with_length(task, recipe, folder, began=began, devices=devices)
         spec = _spec(task, recipe)
         dev.broadcast(lambda: _write_spec(folder, spec))

@@ -31,6 +31,9 @@ Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
 Session: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 
+BOARD_PICTURES = 50  # of each kind, in TensorBoard
+
+
 class Logger:
     """Writes metrics, pictures, status, README and the live line of a run, each when it is due.
 
@@ -79,9 +82,10 @@ class Logger:
         self._metrics.close()
 
     def epoch_begins(self, state: TrainState, epoch: int) -> None:
-        """Draw the pictures before an epoch."""
-        with self._disk.attempt("a picture"):
-            self._visualizer.draw_epoch_begin(state, epoch)
+        """Draw the pictures before the first epoch."""
+        if epoch == 1:
+            with self._disk.attempt("a picture"):
+                self._visualizer.draw_beginning(state)
 
     def train_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Write the metrics of update `step`, which counts from 0; non-finite ones are left out."""
@@ -98,7 +102,9 @@ class Logger:
     ) -> None:
         """Write the metrics of the held-out images after `step` updates, and draw the pictures."""
         with self._disk.attempt("a picture"):
-            self._visualizer.draw_epoch_end(state, epoch)
+            drawn = self._visualizer.draw_epoch_end(state, epoch)
+            if epoch % -(-self._spec.schedule.epochs // BOARD_PICTURES) == 0:
+                self._metrics.add_pictures(drawn, step=step)
         with self._disk.attempt("a line of metrics"):
             self._metrics.write(step=step, epoch=epoch, split="validation", metrics=metrics)
         self._lines += 1
@@ -115,6 +121,7 @@ class Logger:
             self._write_status(saved=step)
         with self._disk.attempt("the curves"):
             self._draw_curves()
+        self._write_readme()
 
     def stopped(self, step: int, *, saved: bool) -> None:
         """Record that the run stopped after `step` updates."""
@@ -146,7 +153,10 @@ class Logger:
         with self._disk.attempt("a picture of the end"):
             self._draw_curves()
             self._visualizer.draw_faces(state, prior)
-            self._visualizer.draw_film()
+            schedule = self._spec.schedule
+            self._visualizer.draw_film(
+                updates=schedule.updates, per_epoch=schedule.updates_per_epoch
+            )
         found = None
         with self._disk.attempt("the search for copies"):
             found = self._visualizer.draw_nearest(state, prior, self._images, self._held_out)
@@ -288,6 +298,11 @@ class MetricsWriter:
         finally:
             self._board.add(line)
 
+    def add_pictures(self, drawn: Mapping[str, np.ndarray], *, step: int) -> None:
+        """Show pictures `[h w c]` in TensorBoard."""
+        for name, picture in drawn.items():
+            self._board.add_picture(name, picture, step=step)
+
     def _flush(self) -> None:
         while self._unwritten:
             del self._unwritten[: self._file.write(self._unwritten)]
@@ -322,6 +337,14 @@ class _Board:
         else:
             with self._new_file_on_error():
                 self._write(self._events, line)
+
+    def add_picture(self, name: str, picture: np.ndarray, *, step: int) -> None:
+        """Write a picture; one that the disk does not take is lost, as it is a PNG file as well."""
+        if self._events is not None:
+            with self._new_file_on_error():
+                image = summary.image(name, picture, dataformats="HWC")
+                event = Event(wall_time=time.time(), step=step, summary=image)
+                self._events.write_event(event)
 
     def flush(self) -> None:
         """Write everything; after a failure into a new file, since the old one's end is unknown."""

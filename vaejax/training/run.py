@@ -16,7 +16,7 @@ from vaejax.errors import CheckpointError, StorageError, UserError
 from vaejax.files import PARTIAL, printable, read_json, write_json
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.system import versions
+from vaejax.system import source_commit, versions
 from vaejax.training import checkpoint
 from vaejax.training.config import OtherVersion, RunSpec, differences
 
@@ -257,6 +257,7 @@ def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) ->
         "devices": devices,
         "host": socket.gethostname(),
         "versions": versions(),
+        "commit": source_commit(),
     }
     return value | ({"saved": before["saved"]} if "saved" in before else {})
 
