@@ -32,7 +32,7 @@ block_2x_1 | Residual block 48 | 16 16 48 | 41760
 to_1x | Dense 96 | 8 8 96 | 18528
 block_1x_1 | Residual block 96 | 8 8 96 | 166464
 block_1x_2 | Residual block 96 | 8 8 96 | 166464
-norm | Group norm 8 | 8 8 96 | 192
+norm | Group norm 8, SiLU | 8 8 96 | 192
 squeeze | Dense 24 | 8 8 24 | 2328
 posterior | Dense 128 | 128 | 196736
 style | Dense 384 | 384 | 24960
@@ -43,7 +43,7 @@ to_2x | Dense 192 | 8 8 192 | 18624
 block_2x_1 | Residual block 48 | 16 16 48 | 115680
 to_4x | Dense 96 | 16 16 96 | 4704
 block_4x_1 | Residual block 24 | 32 32 24 | 47472
-norm | Group norm 8 | 32 32 24 | 48
+norm | Group norm 8, SiLU | 32 32 24 | 48
 output | Conv 12, stride 1 | 32 32 12 | 2604
 """
 

@@ -42,6 +42,8 @@ SYMBOLS = [
         for algorithm in ("winograd", "windows")
         for operation in ("forward", "input_gradient", "kernel_gradient")
     ),
+    "vaejax_norm_silu",
+    "vaejax_norm_silu_gradient",
     "vaejax_adam",
     "vaejax_squared_norm",
 ]
@@ -161,6 +163,41 @@ def kernel_gradient(
 def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[str, int]) -> Array:
     result = jax.ShapeDtypeStruct(shape, a.dtype)
     return jax.ffi.ffi_call(target, result, vmap_method="sequential")(a, b, **window)
+
+
+# Group norm ---------------------------------------------------------------------------------------
+
+
+def norm_silu(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, "b c"],
+    shift: Float[Array, "b c"],
+    *,
+    groups: int,
+    epsilon: float,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b 2 g"]]:
+    """Return silu(scale x' + shift), where x' is x by group norm, and each group's statistics.
+
+    The statistics are the mean and 1 / sqrt(variance + epsilon).
+    """
+    statistics = jax.ShapeDtypeStruct((x.shape[0], 2, groups), x.dtype)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), statistics]
+    call = jax.ffi.ffi_call("vaejax_norm_silu", results, vmap_method="sequential")
+    y, statistics = call(x, scale, shift, epsilon=np.float64(epsilon))
+    return y, statistics
+
+
+def norm_silu_gradient(
+    dy: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, "b c"],
+    shift: Float[Array, "b c"],
+    statistics: Float[Array, "b 2 g"],
+) -> Sequence[Array]:
+    """Return the gradients by x, scale and shift of a function whose gradient by y is `dy`."""
+    results = [jax.ShapeDtypeStruct(array.shape, x.dtype) for array in (x, scale, shift)]
+    call = jax.ffi.ffi_call("vaejax_norm_silu_gradient", results, vmap_method="sequential")
+    return call(dy, x, scale, shift, statistics)
 
 
 # Optimizer ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // The functions that XLA calls, by its foreign function interface.
 
 #include "adam.h"
+#include "norm.h"
 #include "windows.h"
 #include "winograd.h"
 
@@ -59,6 +60,28 @@ static ffi::Error WindowsKernelGradient(ffi::ThreadPool pool, int64_t stride, in
                                         kernel->typed_data()));
 }
 
+using Rows = ffi::Buffer<ffi::F32, 2>;
+using Statistics = ffi::Buffer<ffi::F32, 3>;
+
+static Norm norm(const In& x, const Statistics& statistics) {
+  const auto size = x.dimensions();
+  return {size[0], size[1] * size[2], size[3], statistics.dimensions()[2]};
+}
+static ffi::Error NormSilu(ffi::ThreadPool pool, double epsilon, In x, Rows scale, Rows shift, Out y,
+                           ffi::Result<Statistics> statistics) {
+  norm_silu(pool, norm(x, *statistics), epsilon, x.typed_data(), scale.typed_data(),
+            shift.typed_data(), y->typed_data(), statistics->typed_data());
+  return ffi::Error::Success();
+}
+static ffi::Error NormSiluGradient(ffi::ThreadPool pool, In dy, In x, Rows scale, Rows shift,
+                                   Statistics statistics, Out dx, ffi::Result<Rows> dscale,
+                                   ffi::Result<Rows> dshift) {
+  norm_silu_gradient(pool, norm(x, statistics), dy.typed_data(), x.typed_data(),
+                     scale.typed_data(), shift.typed_data(), statistics.typed_data(),
+                     dx->typed_data(), dscale->typed_data(), dshift->typed_data());
+  return ffi::Error::Success();
+}
+
 using Any = ffi::AnyBuffer;
 
 static ffi::Error Adam(ffi::ThreadPool pool, double b1, double b2, double eps, Any gradient,
@@ -97,6 +120,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_winograd_kernel_gradient, WinogradKernelGra
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_forward, WindowsForward, WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_input_gradient, WindowsInputGradient, WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_kernel_gradient, WindowsKernelGradient, WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu, NormSilu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<double>("epsilon")
+                                  .Arg<In>()
+                                  .Arg<Rows>()
+                                  .Arg<Rows>()
+                                  .Ret<In>()
+                                  .Ret<Statistics>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu_gradient, NormSiluGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<In>()
+                                  .Arg<In>()
+                                  .Arg<Rows>()
+                                  .Arg<Rows>()
+                                  .Arg<Statistics>()
+                                  .Ret<In>()
+                                  .Ret<Rows>()
+                                  .Ret<Rows>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_adam, Adam,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

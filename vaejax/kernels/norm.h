@@ -1,0 +1,169 @@
+// Group norm (Wu and He, 2018, equations 1 and 7) and SiLU after it, of each image on its own:
+//
+//     x' = (x - mean) / sqrt(variance + epsilon)    mean and variance over a group
+//     h = scale x' + shift                          scale and shift of each channel of each image
+//     y = h sigmoid(h)
+//
+// `x` and `y` are [images, pixels, channels], `scale` and `shift` are [images, channels], and
+// `statistics` is [images, 2, groups]: mean and 1 / sqrt(variance + epsilon). A thread takes an
+// image, which stays in its cache while it is read once for the mean, once for the variance and once
+// for the result.
+#pragma once
+
+#include <cmath>
+#include <numeric>
+
+#include "common.h"
+
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// 1 / (1 + exp(-x)), with an error of less than 3 units in the last place where it is no denormal
+// number. exp is 2^n p(r) for -x = n log 2 + r and Cephes' polynomial p.
+static inline Vector sigmoid(Vector x) {
+  const Vector least = Vector{} - 87, most = Vector{} + 89;  // 2^n is infinite at the latter
+  x = -x;
+  x = x < least ? least : x;  // NaN stays
+  x = x > most ? most : x;
+  constexpr float kRound = 3 << 22;  // adding it leaves an integer in the last bits
+  const Vector shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1;
+  const Integers power = ((Integers)shifted + 127) << 23;
+  return 1 / (1 + p * (Vector)power);
+}
+
+// The sizes of a norm. An image is read as rows of `width` floats, whole pixels and whole vectors,
+// so that a column of vectors always has the same channels. The last row may be shorter.
+struct Norm {
+  int64_t images, pixels, channels, groups;
+
+  int64_t floats() const { return pixels * channels; }  // of an image
+  int64_t width() const { return std::lcm(channels, kLanes); }
+  int64_t group(int64_t channel) const { return channel / (channels / groups); }
+  double group_size() const { return floats() / groups; }
+};
+
+// Call body(i, lanes) for the vectors of an image from float i on that lie in a column.
+template <typename Body>
+static inline void down(const Norm& g, int64_t column, Body body) {
+  const int64_t floats = g.floats(), width = g.width();
+  int64_t i = column;
+  for (; i + kLanes <= floats; i += width) body(i, first_lanes(kLanes));
+  if (i < floats) body(i, first_lanes(floats - i));
+}
+
+// Add term(i, lanes, column) over all vectors of an image, and return the sum of each group.
+template <typename Term>
+static std::vector<double> group_sums(const Norm& g, Term term) {
+  std::vector<double> sums(g.groups);
+  const int64_t floats = g.floats(), width = g.width();
+  for (int64_t column = 0; column < width; column += kLanes) {
+    Vector sum[4] = {};  // four sums, so that an addition does not wait for the one before
+    int64_t i = column;
+    for (; i + 3 * width + kLanes <= floats; i += 4 * width)
+      for (int k = 0; k < 4; k++) sum[k] += term(i + k * width, first_lanes(kLanes), column);
+    for (; i < floats; i += width) sum[0] += term(i, first_lanes(floats - i), column);
+    const Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int64_t k = 0; k < kLanes; k++) sums[g.group((column + k) % g.channels)] += total[k];
+  }
+  return sums;
+}
+
+// Repeat value(channel) over a row.
+template <typename Value>
+static std::vector<float> row(const Norm& g, Value value) {
+  std::vector<float> values(g.width());
+  for (int64_t c = 0; c < g.channels; c++) values[c] = value(c);
+  for (int64_t i = g.channels; i < g.width(); i++) values[i] = values[i - g.channels];
+  return values;
+}
+
+static void norm_silu(ffi::ThreadPool& pool, const Norm& g, double epsilon, const float* x,
+                      const float* scale, const float* shift, float* y, float* statistics) {
+  parallel(pool, g.images, [&](int64_t image, int64_t) {
+    const float* from = x + image * g.floats();
+    float* to = y + image * g.floats();
+    const float *scales = scale + image * g.channels, *shifts = shift + image * g.channels;
+    float *means = statistics + 2 * image * g.groups, *inverses = means + g.groups;
+    const auto sums =
+        group_sums(g, [=](int64_t i, Lanes lanes, int64_t) { return load(from + i, lanes); });
+    for (int64_t k = 0; k < g.groups; k++) means[k] = sums[k] / g.group_size();
+    const auto mean = row(g, [&](int64_t c) { return means[g.group(c)]; });
+    const auto squares = group_sums(g, [&](int64_t i, Lanes lanes, int64_t column) {
+      const Vector centered = load(from + i, lanes) - load(&mean[column], lanes);
+      return centered * centered;
+    });
+    for (int64_t k = 0; k < g.groups; k++)
+      inverses[k] = 1 / std::sqrt(squares[k] / g.group_size() + epsilon);
+    const auto factor = row(g, [&](int64_t c) { return inverses[g.group(c)] * scales[c]; });
+    const auto offset = row(g, [&](int64_t c) { return shifts[c]; });
+    for (int64_t column = 0; column < g.width(); column += kLanes) {
+      const Vector m = load(&mean[column]), f = load(&factor[column]), o = load(&offset[column]);
+      down(g, column, [=](int64_t i, Lanes lanes) {
+        const Vector h = (load(from + i, lanes) - m) * f + o;
+        store(to + i, h * sigmoid(h), lanes);
+      });
+    }
+  });
+}
+
+// The gradients by x, scale and shift for the gradient `dy` of y. With h' = dy silu'(h), x' as above
+// and means over a group,
+//
+//     dscale = sum of h' x',  dshift = sum of h'   over the pixels of a channel
+//     dx = (scale h' - mean of scale h' - x' mean of scale h' x') / sqrt(variance + epsilon)
+static void norm_silu_gradient(ffi::ThreadPool& pool, const Norm& g, const float* dy,
+                               const float* x, const float* scale, const float* shift,
+                               const float* statistics, float* dx, float* dscale, float* dshift) {
+  parallel(pool, g.images, [&](int64_t image, int64_t) {
+    const float *from = x + image * g.floats(), *dfrom = dy + image * g.floats();
+    float* to = dx + image * g.floats();
+    const float *scales = scale + image * g.channels, *shifts = shift + image * g.channels;
+    float *dscales = dscale + image * g.channels, *dshifts = dshift + image * g.channels;
+    const float *means = statistics + 2 * image * g.groups, *inverses = means + g.groups;
+    const auto mean = row(g, [&](int64_t c) { return means[g.group(c)]; });
+    const auto factor = row(g, [&](int64_t c) { return inverses[g.group(c)] * scales[c]; });
+    const auto offset = row(g, [&](int64_t c) { return shifts[c]; });
+    std::vector<double> sums(g.channels), products(g.channels);  // of h', and of h' (x - mean)
+    for (int64_t column = 0; column < g.width(); column += kLanes) {
+      const Vector m = load(&mean[column]), f = load(&factor[column]), o = load(&offset[column]);
+      Vector sum = {}, product = {};
+      down(g, column, [&](int64_t i, Lanes lanes) {
+        const Vector centered = load(from + i, lanes) - m, h = centered * f + o, s = sigmoid(h);
+        const Vector dh = load(dfrom + i, lanes) * (s + h * s * (1 - s));
+        store(to + i, dh, lanes);
+        sum += dh;
+        product += dh * centered;
+      });
+      for (int64_t k = 0; k < kLanes; k++) {
+        sums[(column + k) % g.channels] += sum[k];
+        products[(column + k) % g.channels] += product[k];
+      }
+    }
+    std::vector<double> sum_means(g.groups), product_means(g.groups);
+    for (int64_t c = 0; c < g.channels; c++) {
+      const int64_t k = g.group(c);
+      dshifts[c] = sums[c];
+      dscales[c] = products[c] * inverses[k];
+      sum_means[k] += scales[c] * sums[c] / g.group_size();
+      product_means[k] += scales[c] * products[c] * inverses[k] / g.group_size();
+    }
+    const auto constant =
+        row(g, [&](int64_t c) { return sum_means[g.group(c)] * inverses[g.group(c)]; });
+    const auto slope = row(g, [&](int64_t c) {
+      return product_means[g.group(c)] * inverses[g.group(c)] * inverses[g.group(c)];
+    });
+    for (int64_t column = 0; column < g.width(); column += kLanes) {
+      const Vector m = load(&mean[column]), f = load(&factor[column]);
+      const Vector a = load(&constant[column]), b = load(&slope[column]);
+      down(g, column, [=](int64_t i, Lanes lanes) {
+        store(to + i, load(to + i, lanes) * f - (load(from + i, lanes) - m) * b - a, lanes);
+      });
+    }
+  });
+}
