@@ -1,8 +1,10 @@
-"""C++ kernels for a CPU: convolutions, and Adam's update of a parameter, in float32.
+"""C++ kernels for a CPU, in float32: convolutions, group norm with SiLU, and Adam's update.
 
 The convolutions are faster than XLA's because they need a quarter of the multiplications, and do
-not copy images into other memory layouts. Adam's update reads and writes every number once and in
-place.
+not copy images into other memory layouts. Group norm with SiLU, and its gradient, go over an image
+while it is in a cache. Adam's update reads and writes every number once and in place.
+
+Every kernel makes the same bits with any number of threads.
 
 The C++ compiler of the machine builds the kernels for its own processor when they are first used,
 which takes seconds; the cache folder keeps the library. Where they cannot be built, and on other
@@ -170,34 +172,37 @@ def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[
 
 def norm_silu(
     x: Float[Array, "b h w c"],
-    scale: Float[Array, "b c"],
-    shift: Float[Array, "b c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
     *,
     groups: int,
     epsilon: float,
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b 2 g"]]:
-    """Return silu(scale x' + shift), where x' is x by group norm, and each group's statistics.
+) -> Sequence[Array]:
+    """Return silu((scale x' + bias) (1 + a) + b) and the statistics `[b 2 groups]` of x.
 
-    The statistics are the mean and 1 / sqrt(variance + epsilon).
+    x' is x by group norm, the modulation is a and b of each image, and the statistics are the mean
+    and 1 / sqrt(variance + epsilon) of each group.
     """
-    statistics = jax.ShapeDtypeStruct((x.shape[0], 2, groups), x.dtype)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), statistics]
+    statistics = (x.shape[0], 2, groups)
+    results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, statistics)]
     call = jax.ffi.ffi_call("vaejax_norm_silu", results, vmap_method="sequential")
-    y, statistics = call(x, scale, shift, epsilon=np.float64(epsilon))
-    return y, statistics
+    return call(x, scale, bias, modulation, epsilon=np.float64(epsilon))
 
 
 def norm_silu_gradient(
     dy: Float[Array, "b h w c"],
     x: Float[Array, "b h w c"],
-    scale: Float[Array, "b c"],
-    shift: Float[Array, "b c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
     statistics: Float[Array, "b 2 g"],
 ) -> Sequence[Array]:
-    """Return the gradients by x, scale and shift of a function whose gradient by y is `dy`."""
-    results = [jax.ShapeDtypeStruct(array.shape, x.dtype) for array in (x, scale, shift)]
+    """Return the gradients by x, scale, bias and modulation, if that by `norm_silu` is dy."""
+    arguments = (x, scale, bias, modulation)
+    results = [jax.ShapeDtypeStruct(array.shape, x.dtype) for array in arguments]
     call = jax.ffi.ffi_call("vaejax_norm_silu_gradient", results, vmap_method="sequential")
-    return call(dy, x, scale, shift, statistics)
+    return call(dy, *arguments, statistics)
 
 
 # Optimizer ----------------------------------------------------------------------------------------

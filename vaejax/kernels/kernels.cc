@@ -60,25 +60,28 @@ static ffi::Error WindowsKernelGradient(ffi::ThreadPool pool, int64_t stride, in
                                         kernel->typed_data()));
 }
 
-using Rows = ffi::Buffer<ffi::F32, 2>;
-using Statistics = ffi::Buffer<ffi::F32, 3>;
+using Channels = ffi::Buffer<ffi::F32, 1>;
+using Pairs = ffi::Buffer<ffi::F32, 3>;  // [images, 2, ...]
 
-static Norm norm(const In& x, const Statistics& statistics) {
+static Norm norm(const In& x, const Pairs& statistics) {
   const auto size = x.dimensions();
   return {size[0], size[1] * size[2], size[3], statistics.dimensions()[2]};
 }
-static ffi::Error NormSilu(ffi::ThreadPool pool, double epsilon, In x, Rows scale, Rows shift, Out y,
-                           ffi::Result<Statistics> statistics) {
+static ffi::Error NormSilu(ffi::ThreadPool pool, double epsilon, In x, Channels scale,
+                           Channels bias, Pairs modulation, Out y, ffi::Result<Pairs> statistics) {
   norm_silu(pool, norm(x, *statistics), epsilon, x.typed_data(), scale.typed_data(),
-            shift.typed_data(), y->typed_data(), statistics->typed_data());
+            bias.typed_data(), modulation.typed_data(), y->typed_data(),
+            statistics->typed_data());
   return ffi::Error::Success();
 }
-static ffi::Error NormSiluGradient(ffi::ThreadPool pool, In dy, In x, Rows scale, Rows shift,
-                                   Statistics statistics, Out dx, ffi::Result<Rows> dscale,
-                                   ffi::Result<Rows> dshift) {
+static ffi::Error NormSiluGradient(ffi::ThreadPool pool, In dy, In x, Channels scale,
+                                   Channels bias, Pairs modulation, Pairs statistics, Out dx,
+                                   ffi::Result<Channels> dscale, ffi::Result<Channels> dbias,
+                                   ffi::Result<Pairs> dmodulation) {
   norm_silu_gradient(pool, norm(x, statistics), dy.typed_data(), x.typed_data(),
-                     scale.typed_data(), shift.typed_data(), statistics.typed_data(),
-                     dx->typed_data(), dscale->typed_data(), dshift->typed_data());
+                     scale.typed_data(), bias.typed_data(), modulation.typed_data(),
+                     statistics.typed_data(), dx->typed_data(), dscale->typed_data(),
+                     dbias->typed_data(), dmodulation->typed_data());
   return ffi::Error::Success();
 }
 
@@ -125,21 +128,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu, NormSilu,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<double>("epsilon")
                                   .Arg<In>()
-                                  .Arg<Rows>()
-                                  .Arg<Rows>()
+                                  .Arg<Channels>()
+                                  .Arg<Channels>()
+                                  .Arg<Pairs>()
                                   .Ret<In>()
-                                  .Ret<Statistics>());
+                                  .Ret<Pairs>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu_gradient, NormSiluGradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<In>()
                                   .Arg<In>()
-                                  .Arg<Rows>()
-                                  .Arg<Rows>()
-                                  .Arg<Statistics>()
+                                  .Arg<Channels>()
+                                  .Arg<Channels>()
+                                  .Arg<Pairs>()
+                                  .Arg<Pairs>()
                                   .Ret<In>()
-                                  .Ret<Rows>()
-                                  .Ret<Rows>());
+                                  .Ret<Channels>()
+                                  .Ret<Channels>()
+                                  .Ret<Pairs>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_adam, Adam,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

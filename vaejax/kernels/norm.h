@@ -1,13 +1,13 @@
-// Group norm (Wu and He, 2018, equations 1 and 7) and SiLU after it, of each image on its own:
+// Group norm (Wu and He, 2018, equations 1 and 7), its modulation and SiLU:
 //
-//     x' = (x - mean) / sqrt(variance + epsilon)    mean and variance over a group
-//     h = scale x' + shift                          scale and shift of each channel of each image
-//     y = h sigmoid(h)
+//     x' = (x - mean) / sqrt(variance + epsilon)    mean and variance over a group of an image
+//     h = (scale x' + bias) (1 + a) + b             scale and bias of a channel; a and b also of an
+//     y = h sigmoid(h)                              image
 //
-// `x` and `y` are [images, pixels, channels], `scale` and `shift` are [images, channels], and
-// `statistics` is [images, 2, groups]: mean and 1 / sqrt(variance + epsilon). A thread takes an
-// image, which stays in its cache while it is read once for the mean, once for the variance and once
-// for the result.
+// `x` and `y` are [images, pixels, channels], `scale` and `bias` are [channels], `modulation` is
+// [images, 2, channels], a and then b, and `statistics` is [images, 2, groups], the mean and
+// 1 / sqrt(variance + epsilon). A thread takes an image, which stays in its cache while it is read
+// once for the mean, once for the variance and once for the result.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 #include "common.h"
 
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 // 1 / (1 + exp(-x)), with an error of less than 3 units in the last place where it is no denormal
 // number. exp is 2^n p(r) for -x = n log 2 + r and Cephes' polynomial p.
@@ -83,12 +83,24 @@ static std::vector<float> row(const Norm& g, Value value) {
   return values;
 }
 
+// h as factor(c) x' + offset(c) for one image.
+struct Affine {
+  const float *scale, *bias, *a, *b;
+
+  Affine(const Norm& g, int64_t image, const float* scale, const float* bias,
+         const float* modulation)
+      : scale(scale), bias(bias), a(modulation + 2 * image * g.channels), b(a + g.channels) {}
+  float factor(int64_t c) const { return scale[c] * (1 + a[c]); }
+  float offset(int64_t c) const { return bias[c] * (1 + a[c]) + b[c]; }
+};
+
 static void norm_silu(ffi::ThreadPool& pool, const Norm& g, double epsilon, const float* x,
-                      const float* scale, const float* shift, float* y, float* statistics) {
+                      const float* scale, const float* bias, const float* modulation, float* y,
+                      float* statistics) {
   parallel(pool, g.images, [&](int64_t image, int64_t) {
+    const Affine affine(g, image, scale, bias, modulation);
     const float* from = x + image * g.floats();
     float* to = y + image * g.floats();
-    const float *scales = scale + image * g.channels, *shifts = shift + image * g.channels;
     float *means = statistics + 2 * image * g.groups, *inverses = means + g.groups;
     const auto sums =
         group_sums(g, [=](int64_t i, Lanes lanes, int64_t) { return load(from + i, lanes); });
@@ -100,8 +112,9 @@ static void norm_silu(ffi::ThreadPool& pool, const Norm& g, double epsilon, cons
     });
     for (int64_t k = 0; k < g.groups; k++)
       inverses[k] = 1 / std::sqrt(squares[k] / g.group_size() + epsilon);
-    const auto factor = row(g, [&](int64_t c) { return inverses[g.group(c)] * scales[c]; });
-    const auto offset = row(g, [&](int64_t c) { return shifts[c]; });
+    const auto factor =
+        row(g, [&](int64_t c) { return inverses[g.group(c)] * affine.factor(c); });
+    const auto offset = row(g, [&](int64_t c) { return affine.offset(c); });
     for (int64_t column = 0; column < g.width(); column += kLanes) {
       const Vector m = load(&mean[column]), f = load(&factor[column]), o = load(&offset[column]);
       down(g, column, [=](int64_t i, Lanes lanes) {
@@ -112,27 +125,31 @@ static void norm_silu(ffi::ThreadPool& pool, const Norm& g, double epsilon, cons
   });
 }
 
-// The gradients by x, scale and shift for the gradient `dy` of y. With h' = dy silu'(h), x' as above
+// The gradients for the gradient `dy` of y. With h' = dy silu'(h), x' as above, f = scale (1 + a),
 // and means over a group,
 //
-//     dscale = sum of h' x',  dshift = sum of h'   over the pixels of a channel
-//     dx = (scale h' - mean of scale h' - x' mean of scale h' x') / sqrt(variance + epsilon)
+//     dx = (f h' - mean of f h' - x' mean of f h' x') / sqrt(variance + epsilon)
+//     df = sum of h' x'  and  do = sum of h'  over the pixels of a channel, where h = f x' + o
+//     da = scale df + bias do,  db = do
+//     dscale = sum of (1 + a) df,  dbias = sum of (1 + a) do  over the images, in their order
 static void norm_silu_gradient(ffi::ThreadPool& pool, const Norm& g, const float* dy,
-                               const float* x, const float* scale, const float* shift,
-                               const float* statistics, float* dx, float* dscale, float* dshift) {
+                               const float* x, const float* scale, const float* bias,
+                               const float* modulation, const float* statistics, float* dx,
+                               float* dscale, float* dbias, float* dmodulation) {
+  std::vector<double> dfactors(g.images * g.channels), doffsets(g.images * g.channels);
   parallel(pool, g.images, [&](int64_t image, int64_t) {
+    const Affine affine(g, image, scale, bias, modulation);
     const float *from = x + image * g.floats(), *dfrom = dy + image * g.floats();
     float* to = dx + image * g.floats();
-    const float *scales = scale + image * g.channels, *shifts = shift + image * g.channels;
-    float *dscales = dscale + image * g.channels, *dshifts = dshift + image * g.channels;
+    double *df = &dfactors[image * g.channels], *doffset = &doffsets[image * g.channels];
     const float *means = statistics + 2 * image * g.groups, *inverses = means + g.groups;
     const auto mean = row(g, [&](int64_t c) { return means[g.group(c)]; });
-    const auto factor = row(g, [&](int64_t c) { return inverses[g.group(c)] * scales[c]; });
-    const auto offset = row(g, [&](int64_t c) { return shifts[c]; });
-    std::vector<double> sums(g.channels), products(g.channels);  // of h', and of h' (x - mean)
+    const auto factor =
+        row(g, [&](int64_t c) { return inverses[g.group(c)] * affine.factor(c); });
+    const auto offset = row(g, [&](int64_t c) { return affine.offset(c); });
     for (int64_t column = 0; column < g.width(); column += kLanes) {
       const Vector m = load(&mean[column]), f = load(&factor[column]), o = load(&offset[column]);
-      Vector sum = {}, product = {};
+      Vector sum = {}, product = {};  // of h', and of h' (x - mean)
       down(g, column, [&](int64_t i, Lanes lanes) {
         const Vector centered = load(from + i, lanes) - m, h = centered * f + o, s = sigmoid(h);
         const Vector dh = load(dfrom + i, lanes) * (s + h * s * (1 - s));
@@ -141,29 +158,44 @@ static void norm_silu_gradient(ffi::ThreadPool& pool, const Norm& g, const float
         product += dh * centered;
       });
       for (int64_t k = 0; k < kLanes; k++) {
-        sums[(column + k) % g.channels] += sum[k];
-        products[(column + k) % g.channels] += product[k];
+        const int64_t c = (column + k) % g.channels;
+        doffset[c] += sum[k];
+        df[c] += static_cast<double>(product[k]) * inverses[g.group(c)];
       }
     }
-    std::vector<double> sum_means(g.groups), product_means(g.groups);
+    std::vector<double> sums(g.groups), products(g.groups);  // of f h', and of f h' x'
     for (int64_t c = 0; c < g.channels; c++) {
-      const int64_t k = g.group(c);
-      dshifts[c] = sums[c];
-      dscales[c] = products[c] * inverses[k];
-      sum_means[k] += scales[c] * sums[c] / g.group_size();
-      product_means[k] += scales[c] * products[c] * inverses[k] / g.group_size();
+      sums[g.group(c)] += affine.factor(c) * doffset[c];
+      products[g.group(c)] += affine.factor(c) * df[c];
     }
-    const auto constant =
-        row(g, [&](int64_t c) { return sum_means[g.group(c)] * inverses[g.group(c)]; });
+    const auto constant = row(g, [&](int64_t c) {
+      return sums[g.group(c)] / g.group_size() * inverses[g.group(c)];
+    });
     const auto slope = row(g, [&](int64_t c) {
-      return product_means[g.group(c)] * inverses[g.group(c)] * inverses[g.group(c)];
+      const double inverse = inverses[g.group(c)];
+      return products[g.group(c)] / g.group_size() * inverse * inverse;
     });
     for (int64_t column = 0; column < g.width(); column += kLanes) {
       const Vector m = load(&mean[column]), f = load(&factor[column]);
-      const Vector a = load(&constant[column]), b = load(&slope[column]);
+      const Vector p = load(&constant[column]), q = load(&slope[column]);
       down(g, column, [=](int64_t i, Lanes lanes) {
-        store(to + i, load(to + i, lanes) * f - (load(from + i, lanes) - m) * b - a, lanes);
+        store(to + i, load(to + i, lanes) * f - (load(from + i, lanes) - m) * q - p, lanes);
       });
     }
+    float* da = dmodulation + 2 * image * g.channels;
+    for (int64_t c = 0; c < g.channels; c++) {
+      da[c] = scale[c] * df[c] + bias[c] * doffset[c];
+      da[g.channels + c] = doffset[c];
+    }
   });
+  for (int64_t c = 0; c < g.channels; c++) {
+    double scale_sum = 0, bias_sum = 0;
+    for (int64_t image = 0; image < g.images; image++) {
+      const double more = 1 + modulation[2 * image * g.channels + c];
+      scale_sum += more * dfactors[image * g.channels + c];
+      bias_sum += more * doffsets[image * g.channels + c];
+    }
+    dscale[c] = scale_sum;
+    dbias[c] = bias_sum;
+  }
 }

@@ -99,11 +99,10 @@ class Upsample(nn.Module):
 
 
 class GroupNormSilu(nn.Module):
-    """SiLU of a group norm (Wu and He, 2018, equations 1 and 7), with `flax.linen.GroupNorm`'s
-    parameters.
+    """SiLU of a group norm, whose parameters are those of `flax.linen.GroupNorm`.
 
-    With a modulation `[b 2c]`, a for each channel and then b for each, the norm is followed by
-    h (1 + a) + b, and SiLU comes last.
+    With a modulation `[b 2 c]` the norm is followed by h (1 + a) + b, for a and b of each image,
+    and SiLU comes last.
     """
 
     groups: int
@@ -111,16 +110,14 @@ class GroupNormSilu(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], modulation: Float[Array, "b two_c"] | None = None
+        self, x: Float[Array, "b h w c"], modulation: Float[Array, "b 2 c"] | None = None
     ) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
+        c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        scale, shift = jnp.broadcast_to(scale, (b, c)), jnp.broadcast_to(bias, (b, c))
-        if modulation is not None:
-            factor, offset = 1 + modulation[:, :c], modulation[:, c:]
-            scale, shift = scale * factor, shift * factor + offset
-        return norm_silu(x, scale, shift, groups=self.groups, epsilon=self.epsilon)
+        if modulation is None:
+            modulation = jnp.zeros((len(x), 2, c), x.dtype)
+        return norm_silu(x, scale, bias, modulation, groups=self.groups, epsilon=self.epsilon)
 
     def __str__(self) -> str:
         return f"Group norm {self.groups}, SiLU"

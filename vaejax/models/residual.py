@@ -247,6 +247,7 @@ class AdaptiveNormSilu(nn.Module):
         if style is not None:
             small = nn.initializers.normal(0.02)
             modulation = Dense(2 * x.shape[-1], initializer=small, name="modulation")(style)
+            modulation = modulation.reshape(len(x), 2, -1)
         return GroupNormSilu(GROUPS, name="group")(x, modulation)
 
 
