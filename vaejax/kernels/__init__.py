@@ -1,8 +1,10 @@
-"""C++ kernels for a CPU: convolutions, and Adam's update of a parameter, in float32.
+"""C++ kernels for a CPU, in float32: convolutions, group norm with SiLU, and Adam's update.
 
 The convolutions are faster than XLA's because they need a quarter of the multiplications, and do
-not copy images into other memory layouts. Adam's update reads and writes every number once and in
-place.
+not copy images into other memory layouts. Group norm with SiLU, and its gradient, go over an image
+while it is in a cache. Adam's update reads and writes every number once and in place.
+
+Every kernel makes the same bits with any number of threads.
 
 The C++ compiler of the machine builds the kernels for its own processor when they are first used,
 which takes seconds; the cache folder keeps the library. Where they cannot be built, and on other
@@ -42,6 +44,8 @@ SYMBOLS = [
         for algorithm in ("winograd", "windows")
         for operation in ("forward", "input_gradient", "kernel_gradient")
     ),
+    "vaejax_norm_silu",
+    "vaejax_norm_silu_gradient",
     "vaejax_adam",
     "vaejax_squared_norm",
 ]
@@ -161,6 +165,44 @@ def kernel_gradient(
 def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[str, int]) -> Array:
     result = jax.ShapeDtypeStruct(shape, a.dtype)
     return jax.ffi.ffi_call(target, result, vmap_method="sequential")(a, b, **window)
+
+
+# Group norm ---------------------------------------------------------------------------------------
+
+
+def norm_silu(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
+    *,
+    groups: int,
+    epsilon: float,
+) -> Sequence[Array]:
+    """Return silu((scale x' + bias) (1 + a) + b) and the statistics `[b 2 groups]` of x.
+
+    x' is x by group norm, the modulation is a and b of each image, and the statistics are the mean
+    and 1 / sqrt(variance + epsilon) of each group.
+    """
+    statistics = (x.shape[0], 2, groups)
+    results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, statistics)]
+    call = jax.ffi.ffi_call("vaejax_norm_silu", results, vmap_method="sequential")
+    return call(x, scale, bias, modulation, epsilon=np.float64(epsilon))
+
+
+def norm_silu_gradient(
+    dy: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
+    statistics: Float[Array, "b 2 g"],
+) -> Sequence[Array]:
+    """Return the gradients by x, scale, bias and modulation, if that by `norm_silu` is dy."""
+    arguments = (x, scale, bias, modulation)
+    results = [jax.ShapeDtypeStruct(array.shape, x.dtype) for array in arguments]
+    call = jax.ffi.ffi_call("vaejax_norm_silu_gradient", results, vmap_method="sequential")
+    return call(dy, *arguments, statistics)
 
 
 # Optimizer ----------------------------------------------------------------------------------------
