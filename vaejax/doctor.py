@@ -13,8 +13,9 @@ from pathlib import Path
 
 import vaejax
 from vaejax import kernels, losses
+from vaejax.cache import cache_folder
 from vaejax.errors import UserError
-from vaejax.files import cache_folder
+from vaejax.files import printable
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models import summary as layers
@@ -71,14 +72,13 @@ def _experiment(name: str) -> Path | None:
 
 def runs() -> str:
     """Return a table of every run below `runs/`: status, progress, held-out metrics, size."""
-    table: list[tuple[str, ...]] = [
-        ("run", "state", "epoch", "updates", "held out", "size", "changed")
-    ]
+    table = [["run", "state", "epoch", "updates", "held out", "size", "changed"]]
     for folder in run.numbered():
         try:
-            table.append(_row(folder))
-        except UserError as error:
-            table.append((folder.name, "unreadable", "", "", str(error), "", ""))
+            row = _row(folder)
+        except (UserError, OSError) as error:
+            row = (folder.name, "unreadable", "", "", str(error), "", "")
+        table.append([printable(cell) for cell in row])  # the run may be a stranger's
     if len(table) == 1:
         return f"there is no run in {run.ROOT.absolute()} yet"
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -112,7 +112,7 @@ def _bytes(folder: Path) -> int:
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += os.stat(os.path.join(path, name)).st_size
+                total += os.lstat(os.path.join(path, name)).st_size
     return total
 
 
