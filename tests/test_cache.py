@@ -48,6 +48,12 @@ def of_others(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return give
 
 
+def test_looking_for_it_makes_none(wanted: Path):
+    assert cache_folder(make=False) == wanted
+    assert not wanted.parent.exists()
+    assert cache_folder() == cache_folder(make=False) == wanted
+
+
 def rights(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 

@@ -22,16 +22,17 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 VARIABLE = "XDG_CACHE_HOME"  # of the environment: where the cache folder lies
 
 
-def cache_folder() -> Path:
+def cache_folder(*, make: bool = True) -> Path:
     """Return the cache folder, which is ours alone; another one, with a warning, where it is not.
 
     A folder of ours to which others have rights is closed to them. What is not ours, or cannot be
     closed, is left as it is: a folder beside those of other users is in its place, `vaejax-UID-`
     and a random end, which the next process finds again.
 
-    Raises UserError if there is no such place either.
+    Without `make`, where there is none it stays so. Raises UserError if there is no place for it.
     """
-    return _checked(_wanted())
+    wanted = _wanted()
+    return _checked(wanted) if make or os.path.lexists(wanted) else wanted
 
 
 def _wanted() -> Path:

@@ -139,7 +139,7 @@ def doctor() -> Iterator[str]:
             if devices.count == 1
             else "XLA's, since there are several devices"
         )
-    for what, folder in (("runs", run.ROOT), ("cache", cache_folder())):
+    for what, folder in (("runs", run.ROOT), ("cache", cache_folder(make=False))):
         nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         usage = shutil.disk_usage(nearest)
         state = "" if os.access(nearest, os.W_OK) else ", and it cannot be written"

@@ -83,15 +83,15 @@ def prepare(
         raise UserError("--debug-sheet shows which faces were found: add --crop-faces.")
     if records.is_prepared(source):
         folder = _check_prepared_source(source, size=size, out=out, detector=detector)
-        faces.check_sheet_path(debug_sheet, outside=[folder])
+        _check_sheet(debug_sheet, outside=[folder])
         faces.copy_sheet(folder, debug_sheet)
         return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
     with open_source(source) as files:
         key = _listing_key(files.entries, size, detector)
-        folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
-        faces.check_sheet_path(debug_sheet, outside=[source, folder])
+        folder = Path(out).resolve() if out else cache_folder() / _cache_name(source, size, key)
+        _check_sheet(debug_sheet, outside=[source, folder])
         workers = Threads() if workers is None else workers
         job = _Job(files, key, size, folder, workers, detector, debug_sheet, say)
         try:
@@ -128,7 +128,7 @@ def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple
         return folder, records.check(folder)["accepted"]
     with open_source(source) as files:
         key = _listing_key(files.entries, size, detector)
-        folder = _cache_folder(source, size, key)
+        folder = cache_folder(make=False) / _cache_name(source, size, key)
         return (folder if _holds(folder, key, files.entries) else None), len(files.entries)
 
 
@@ -163,11 +163,12 @@ def _listing_key(entries: Iterable[Entry], size: int, detector: Detector | None)
     return key.hexdigest()
 
 
-def _cache_folder(source: Path, size: int, key: str) -> Path:
+def _cache_name(source: Path, size: int, key: str) -> str:
+    """Return where a prepared set lies in the cache folder."""
     path = source.resolve()
     name = re.sub(r"[^\w.-]+", "_", printable(path.stem if path.is_file() else path.name))[:60]
     digest = hashlib.sha256(os.fsencode(path) + key.encode()).hexdigest()
-    return cache_folder() / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
+    return f"prepared/{name or 'images'}-{size}-{digest[:8]}"
 
 
 def _holds(folder: Path, key: str, entries: Sequence[Entry]) -> bool:
@@ -205,8 +206,22 @@ def _is_of(report: Mapping[str, Any], entries: Sequence[Entry]) -> bool:
 def _check_location(folder: Path, source: Path) -> None:
     if folder.is_relative_to(source.resolve()):
         raise UserError(f"{printable(folder)} lies among the images. Choose another --out.")
+    if other := records.enclosing_set(folder.parent):
+        raise UserError(
+            f"{printable(folder)} lies in {printable(other)}, which is a prepared data set. Choose "
+            "another --out."
+        )
     if folder.is_mount():  # nothing can be renamed to it
         raise UserError(f"{printable(folder)} is a mount point. Choose a folder inside it.")
+
+
+def _check_sheet(path: Path | None, *, outside: Iterable[Path]) -> None:
+    if path and (other := records.enclosing_set(path)):
+        raise UserError(
+            f"--debug-sheet {printable(path)} lies in {printable(other)}, which is a prepared "
+            "data set: name a file elsewhere."
+        )
+    faces.check_sheet_path(path, outside=outside)
 
 
 def _check_free_space(partial: Path, job: _Job) -> None:
