@@ -9,7 +9,6 @@ import pytest
 from test_fit import leave, train
 
 from vaejax.errors import UserError
-from vaejax.evaluation import tables
 from vaejax.files import partial_name
 from vaejax.metrics import MAX_FILE_BYTES, MAX_LINE_BYTES, read_lines
 from vaejax.training import checkpoint, run
@@ -85,13 +84,6 @@ def test_a_run_that_leads_elsewhere_is_not_resumed(name: str, folder: Path, data
     with pytest.raises(UserError, match=f"run is not used: {name} in it is a link"):
         train(data, folder, steps=20)
     assert snapshot(mine) == before
-
-
-def test_an_evaluation_is_not_written_elsewhere(folder: Path):
-    (folder / "evaluation").symlink_to(folder.parent / "mine")
-    with pytest.raises(UserError, match="evaluation in it is a link"):
-        tables.write(folder, None)  # pyright: ignore[reportArgumentType]
-    assert contents(folder.parent / "mine") == {"file": "mine"}
 
 
 def test_a_run_may_lie_behind_links(folder: Path, data: Path, capsys):
