@@ -13,6 +13,7 @@ from vaejax.files import write_json, write_text
 from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
+from vaejax.training.run import refuse_links
 
 FOLDER = "evaluation"  # of the pictures, in the run's folder
 
@@ -113,7 +114,8 @@ def to_text(evaluation: Mapping[str, Any], columns: int | None = None) -> list[s
         heads = _two_lines(table.head) if has_head else []
         rows = terminal.table([*heads, *table.rows], left=(0, -3, -2, -1), columns=columns)
         lines += ["", table.title, *rows]
-    return [*lines, "", *(terminal.wrap(note, columns) for note in notes(evaluation))]
+    wrapped = terminal.wrap("\n".join(notes(evaluation)), columns).splitlines()
+    return [*lines, "", *wrapped]
 
 
 def _two_lines(head: Sequence[str]) -> list[list[str]]:
@@ -175,7 +177,8 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation into its run's folder."""
+    """Write an evaluation into its run's folder. Raises UserError if that leads elsewhere."""
+    refuse_links(folder)
     draw(folder / FOLDER, evaluation.pictures)
     write_json(folder / "evaluation.json", evaluation.json)
     write_text(
