@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -314,3 +315,12 @@ def test_what_is_harmless_is_not(source: str):
 def test_experiments_are_short():
     for path in (ROOT / "experiments").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 80, path
+
+
+def test_the_threat_model_names_tests_that_there_are():
+    text = (ROOT / "docs" / "threat_model.md").read_text(encoding="utf-8")
+    tests = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    known = set(re.findall(r"def (test_\w+)", "\n".join(tests.values())))
+    assert set(re.findall(r"\b(test_\w+)(?:`|\s*,)", text)) - {p.stem for p in tests} <= known
+    for name in re.findall(r"[`/]([\w/]*test_\w+\.py)", text):
+        assert any(path.match(name) for path in tests), name
