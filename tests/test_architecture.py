@@ -29,9 +29,13 @@ ALLOWED = {
     "flow": {"losses", "models"},
     "priors": {"errors", "files", "flow", "models"},
     "generate": {"data", "losses", "models", "priors"},
+    "export": {
+        "__init__", "distributions", "errors", "files", "flow", "metrics", "models", "priors",
+        "system",
+    },
     "training": {
-        "data", "errors", "files", "flow", "generate", "kernels", "losses", "metrics", "models",
-        "nearest", "pictures", "plots", "priors", "system",
+        "data", "errors", "export", "files", "flow", "generate", "kernels", "losses", "metrics",
+        "models", "nearest", "pictures", "plots", "priors", "system",
     },
     "recipes": {"losses", "models", "training"},
     "evaluation": {
@@ -58,6 +62,8 @@ DOORS = {
     "cv2": {"data"},
     "imageio_ffmpeg": {"pictures.py"},
     "matplotlib": {"plots.py"},
+    "onnx": {"export"},
+    "safetensors": {"export"},
     "tensorboardX": {"training/logger.py"},
 }
 

@@ -10,10 +10,14 @@ transpose and the gradients of both:
 `jax.custom_vjp` connects them, because XLA runs the gradients that JAX derives slowly on a CPU,
 some of them a hundred times slower. The result is the same up to rounding, whichever way it is
 computed: `native_algorithm` chooses one of the C++ kernels, and `xla_form` the expression that XLA
-gets otherwise. Only these two know what is fast on which backend. Whoever compiles a program with
+gets otherwise. Only these two know what is fast on which backend; within `plain_operations` they
+leave everything to XLA's own operation. Whoever compiles a program with
 convolutions passes it `compiler_options`. `benchmarks/convolutions.py` measures the speed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from math import prod
 from typing import Literal
@@ -64,6 +68,23 @@ def compiler_options() -> dict[str, str]:
     except jax.errors.JaxRuntimeError:
         return {}
     return EIGEN_CONVOLUTIONS
+
+
+_only_plain = ContextVar("only_plain", default=False)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Compute what is traced within by XLA's own convolution alone, so that others can read it.
+
+    No C++ kernels and no other forms; the results are the same up to rounding. A program that JAX
+    has already traced for the same shapes stays as it is.
+    """
+    token = _only_plain.set(True)
+    try:
+        yield
+    finally:
+        _only_plain.reset(token)
 
 
 def convolve(
@@ -186,6 +207,8 @@ def native_algorithm(
     `image` and `kernel` are the shapes of the convolution, whichever of the three functions is
     computed; `operands` are the arrays that it is computed from.
     """
+    if _only_plain.get():
+        return None
     (b, h, w, c), (rows, columns, *_) = image, kernel
     algorithm: kernels.Algorithm
     if rows == columns and rows >= stride and c <= MAX_WINDOW_CHANNELS:
@@ -243,7 +266,7 @@ def _same(inputs: Shape, outputs: Shape, taps: Shape, stride: int) -> Paddings:
 def xla_form(image: Shape, kernel: Shape, *, stride: int = 1, dilation: int = 1) -> Form:
     """Choose the form that is fastest on this backend, by the shapes of image and kernel."""
     products = prod(image[:3]) * prod(kernel) // stride**2
-    if jax.default_backend() != "cpu" or products < MIN_PRODUCTS:
+    if _only_plain.get() or jax.default_backend() != "cpu" or products < MIN_PRODUCTS:
         return "plain"
     if 1 < dilation <= min(kernel[:2]):
         return "phases"
