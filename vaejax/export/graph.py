@@ -174,23 +174,22 @@ class Graph:
 
     # Programs
 
-    def run(self, jaxpr: Any, constants: Iterable[Any], operands: Iterable[Operand]) -> list:
+    def run(self, jaxpr: Any, constants: Iterable[Any], arguments: Iterable[Operand]) -> list:
         """Add the operations of a jaxpr, and return its outputs."""
-        known: dict[Any, Operand] = dict(
-            zip(jaxpr.constvars, map(np.asarray, constants), strict=True)
-        )
-        known |= dict(zip(jaxpr.invars, operands, strict=True))
+        known: dict[Any, Operand] = dict(zip(jaxpr.invars, arguments, strict=True))
+        known |= zip(jaxpr.constvars, map(np.asarray, constants), strict=True)
 
         def read(atom: Any) -> Operand:
-            return (
-                np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else known[atom]
-            )
+            if not isinstance(atom, Literal):
+                return known[atom]
+            like: Any = atom.aval
+            return np.asarray(atom.val, like.dtype)
 
         for e in jaxpr.eqns:
             inputs, outputs = ([atom.aval for atom in atoms] for atoms in (e.invars, e.outvars))
             operands = [read(atom) for atom in e.invars]
             equation = Equation(e.primitive.name, e.params, operands, inputs, outputs)
-            known.update(zip(e.outvars, self._equation(e, equation), strict=True))
+            known |= zip(e.outvars, self._equation(e, equation), strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, e: Any, equation: Equation) -> Sequence[Operand]:
