@@ -61,6 +61,7 @@ CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"),
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
+COMPILED = {"jit", "pjit"}  # of them, those that are computed as a whole if nothing is unknown
 
 
 def is_batch(dimension: int) -> bool:
@@ -194,12 +195,13 @@ class Graph:
 
     def _equation(self, e: Any, equation: Equation) -> Sequence[Operand]:
         name, operands = equation.name, equation.operands
-        if name in CALLS:
+        free = any(is_batch(d) for out in equation.outputs for d in out.shape)
+        known = not free and not any(isinstance(x, Value) for x in operands)
+        if name in CALLS and not (known and name in COMPILED):
             inner = next(e.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in e.params)
             closed = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
             return self.run(*closed, operands)
-        free = any(is_batch(d) for out in equation.outputs for d in out.shape)
-        if not free and not any(isinstance(x, Value) for x in operands):
+        if known:
             inputs = zip(operands, equation.inputs, strict=True)
             full = [np.broadcast_to(x, like.shape) for x, like in inputs]
             results = e.primitive.bind(*full, **e.params)

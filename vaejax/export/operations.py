@@ -65,7 +65,7 @@ def _full(graph: Graph, e: Equation) -> list[Operand]:
     return [graph.full(x, like.shape) for x, like in zip(e.operands, e.inputs, strict=True)]
 
 
-def _number(e: Equation, value: float) -> np.ndarray:
+def _number(e: Equation, value: int) -> np.ndarray:
     """Return a number of the result's type."""
     return np.asarray(value, e.outputs[0].dtype)
 
