@@ -16,31 +16,30 @@ from vaejax.priors import FlowPrior, GaussianMixture, Mixture, Prior, latent_dim
 ATTRIBUTES = {"hair": ["blue", "red", "white"], "glasses": ["no", "yes"]}
 
 
-def moved(tree, seed: int = 0):
-    """Weights that no initializer gives, so that biases, scales and moving statistics count."""
+def arrays_like(shapes, seed: int = 0):
+    """Draw weights that no initializer gives, so that biases and moving statistics count too."""
     random = np.random.default_rng(seed)
 
-    def move(leaf):
-        change = (
-            random.normal(0, 0.05, leaf.shape)
-            if leaf.ndim > 1
-            else random.uniform(0, 0.3, leaf.shape)
-        )
-        return leaf + jnp.asarray(change, leaf.dtype)
+    def draw(leaf):
+        if leaf.ndim < 2:  # biases, scales, moving means and variances
+            array = random.uniform(0.5, 1.5, leaf.shape)
+        else:
+            array = random.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
+        return jnp.asarray(array, leaf.dtype)
 
-    return jax.tree.map(move, tree)
+    return jax.tree.map(draw, shapes)
 
 
 def export_of(model: Autoencoder, prior: Prior | None = None, **fields) -> Exported:
-    params, batch_stats = jax.jit(partial(autoencoder.init, model))(jax.random.key(0))
-    return Exported(model, moved(params), moved(batch_stats, 1), prior, **fields)
+    shapes = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+    return Exported(model, *arrays_like(shapes), prior, **fields)
 
 
 def flow_prior(model: Autoencoder, **settings) -> FlowPrior:
     labels = tuple(map(len, settings.pop("attributes", {}).values()))
     network = flow.FlowMLP(latent_dimensions(model), 16, 2, labels)
-    params, stats = jax.jit(partial(flow.init, network))(jax.random.key(1))
-    return FlowPrior(network, moved(params), moved(stats), model, **settings)
+    shapes = jax.eval_shape(partial(flow.init, network), jax.random.key(0))
+    return FlowPrior(network, *arrays_like(shapes, 1), model, **settings)
 
 
 def mixture_prior(model: Autoencoder, components: int = 3) -> GaussianMixture:

@@ -62,6 +62,8 @@ CALLS = {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
 COMPILED = {"jit", "pjit"}  # of them, those that are computed as a whole if nothing is unknown
+# What NumPy does to constants without a copy; JAX would compile a program for each shape.
+VIEWS = {"broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "transpose"}
 
 
 def is_batch(dimension: int) -> bool:
@@ -162,15 +164,19 @@ class Graph:
         parts = [batch if is_batch(d) else integers(d) for d in shape]
         return self.op("Concat", *parts, shape=(len(shape),), axis=0)
 
-    def reshape(self, x: Operand, shape: Shape) -> Value:
+    def reshape(self, x: Operand, shape: Shape) -> Operand:
         """Add a Reshape. ONNX computes one dimension, which is the batch's."""
+        if isinstance(x, np.ndarray):
+            return x.reshape(shape)
         if sum(map(is_batch, shape)) > 1:
             self.missing.add("a shape with the batch in two dimensions")
         sizes = integers(*(-1 if is_batch(d) else d for d in shape))
         return self.op("Reshape", x, sizes, shape=shape)
 
-    def transpose(self, x: Operand, order: Sequence[int]) -> Value:
+    def transpose(self, x: Operand, order: Sequence[int]) -> Operand:
         """Add a Transpose."""
+        if isinstance(x, np.ndarray):
+            return x.transpose(order)
         return self.op("Transpose", x, shape=tuple(x.shape[i] for i in order), perm=list(order))
 
     # Programs
@@ -201,7 +207,7 @@ class Graph:
             inner = next(e.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in e.params)
             closed = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
             return self.run(*closed, operands)
-        if known:
+        if known and name not in VIEWS:
             inputs = zip(operands, equation.inputs, strict=True)
             full = [np.broadcast_to(x, like.shape) for x, like in inputs]
             results = e.primitive.bind(*full, **e.params)

@@ -133,8 +133,6 @@ def broadcast(graph: Graph, e: Equation) -> Operands:
     shape = [1] * len(out.shape)
     for dimension, size in zip(e.params["broadcast_dimensions"], x.shape, strict=True):
         shape[dimension] = size
-    if isinstance(x, np.ndarray):
-        return [x.reshape(shape)]
     return [x if tuple(shape) == x.shape else graph.reshape(x, tuple(shape))]
 
 
@@ -200,6 +198,8 @@ def split(graph: Graph, e: Equation) -> Operands:
 def reverse(graph: Graph, e: Equation) -> Operands:
     (x,) = _full(graph, e)
     axes = e.params["dimensions"]
+    if isinstance(x, np.ndarray):
+        return [np.flip(x, axes)]
     if any(is_batch(x.shape[axis]) for axis in axes):
         graph.missing.add("a reversal of the batch")
     # -1 is the last number; an end before the first one includes it
