@@ -34,6 +34,8 @@ from vaejax.priors import (
 
 ARRAYS = "model.safetensors"  # its name in a folder
 PROPERTY = "vaejax"  # of its metadata
+# what JSON of another form than ours raises
+MALFORMED = AttributeError, KeyError, RecursionError, TypeError, ValueError
 
 
 def to_safetensors(exported: Exported, *, half: bool = False) -> bytes:
@@ -42,7 +44,7 @@ def to_safetensors(exported: Exported, *, half: bool = False) -> bytes:
     tree |= {"prior": prior_weights(exported)}
     arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf, order="C")
         smaller = as_half(array) if half else None
         arrays[_name(path)] = array if smaller is None else smaller
     return format_.save(arrays, {PROPERTY: json.dumps(metadata(exported, half=half))})
@@ -74,7 +76,7 @@ def load(folder: Path) -> Exported:
         raise UserError(f"there is no {name}: `vaejax export RUN --out FOLDER` writes it") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, *MALFORMED) as error:
         raise UserError(f"{name} is no export of vaejax, or damaged: {error}") from None
     tree = _take(arrays, like, name)
     prior = _prior(described, model, tree["prior"])
@@ -82,11 +84,14 @@ def load(folder: Path) -> Exported:
 
 
 def _attributes(prior: Any) -> dict[str, list[str]]:
-    """Return the attributes that a description of a prior names. Raises ValueError if damaged."""
-    found = prior.get("attributes", {}) if prior else {}
-    if any(not isinstance(v, str) for values in found.values() for v in values):
-        raise ValueError("its attributes have other values than texts")
-    return {name: list(values) for name, values in found.items()}
+    """Return the attributes that the description of a flow names. Raises ValueError if damaged."""
+    match prior:
+        case {"attributes": dict(found), "network": {"labels": list(counts)}}:
+            attributes = {str(name): list(map(str, values)) for name, values in found.items()}
+            if list(map(len, attributes.values())) != counts:
+                raise ValueError("its attributes are not those of its network")
+            return attributes
+    return {}
 
 
 def _like(model: Autoencoder, prior: Any) -> dict[str, PyTree]:
@@ -94,7 +99,7 @@ def _like(model: Autoencoder, prior: Any) -> dict[str, PyTree]:
     params, batch_stats = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
     d, own = latent_dimensions(model), {}
     match prior:
-        case {"kind": "flow", "steps": int(), "network": network}:
+        case {"kind": "flow", "steps": int(steps), "network": network} if steps > 0:
             weights = jax.eval_shape(
                 partial(flow.init, flow.from_json(network, latents=d)), jax.random.key(0)
             )

@@ -54,7 +54,9 @@ def card(metadata: Mapping[str, Any], facts: Facts, files: Mapping[str, str]) ->
         f"{_sentence(metadata)} It encodes and decodes faces and {draws}. It was trained with "
         f"vaejax, an autoencoder laboratory for faces in JAX.",
         "## Files",
-        _table(("file", "what it is"), ((f"`{name}`", what) for name, what in files.items())),
+        _table(
+            ("file", "what it is"), ((f"`{name}`", _cell(what)) for name, what in files.items())
+        ),
         "## Use with onnxruntime",
         _code(onnx_usage(metadata)),
         *_attributes(metadata),
@@ -272,7 +274,9 @@ def _limits(metadata: Mapping[str, Any], facts: Facts) -> str:
         "persons, and it is no tool to recognize anybody."
     )
     if metadata["half"]:
-        words.append("Weights are stored as float16, which changes images by less than 0.001.")
+        words.append(
+            "Weights are stored as float16, which changes the image of a latent by less than 0.001."
+        )
     return " ".join(words)
 
 

@@ -207,15 +207,21 @@ class Graph:
             inner = next(e.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in e.params)
             closed = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
             return self.run(*closed, operands)
+        if not all(isinstance(out.dtype, np.dtype) for out in equation.outputs):
+            return self.without(equation)  # keys of random numbers
         if known and name not in VIEWS:
             inputs = zip(operands, equation.inputs, strict=True)
             full = [np.broadcast_to(x, like.shape) for x, like in inputs]
             results = e.primitive.bind(*full, **e.params)
             return list(map(np.asarray, results if e.primitive.multiple_results else [results]))
         if name not in self._operations:
-            self.missing.add(name)
-            return [Value("", out.shape) for out in equation.outputs]
+            return self.without(equation)
         return self._operations[name](self, equation)
+
+    def without(self, equation: Equation, why: str = "") -> list[Value]:
+        """Note an operation, or a use of it, without a form in ONNX; return what has its shape."""
+        self.missing.add(why or equation.name)
+        return [Value("", out.shape) for out in equation.outputs]
 
     def loop(
         self,

@@ -90,6 +90,10 @@ def expm1(graph: Graph, e: Equation) -> Operands:
     return [graph.op("Sub", graph.op("Exp", *e.operands), _number(e, 1))]
 
 
+def erfc(graph: Graph, e: Equation) -> Operands:
+    return [graph.op("Sub", _number(e, 1), graph.op("Erf", *e.operands))]
+
+
 def log1p(graph: Graph, e: Equation) -> Operands:
     return [graph.op("Log", graph.op("Add", *e.operands, _number(e, 1)))]
 
@@ -303,8 +307,7 @@ def convolution(graph: Graph, e: Equation) -> Operands:
     numbers, dilated = p["dimension_numbers"], any(n != 1 for n in p["lhs_dilation"])
     groups = p["feature_group_count"]
     if not isinstance(kernel, np.ndarray):
-        graph.missing.add("a convolution whose kernel depends on the input")
-        return [Value("", out.shape)]
+        return graph.without(e, "a convolution whose kernel depends on the input")
     if p["batch_group_count"] != 1 or (dilated and groups != 1):
         graph.missing.add("a transposed convolution of groups")
     kernel = np.transpose(kernel, numbers.rhs_spec)
@@ -389,7 +392,7 @@ def scan(graph: Graph, e: Equation) -> Operands:
     p, inner = e.params, e.params["jaxpr"]
     constants, carried = p["num_consts"], p["num_carry"]
     if len(e.outputs) > carried:
-        graph.missing.add("scan with an output at every step")
+        return graph.without(e, "scan with an output at every step")
     full = [graph.full(x, e.inputs[i].shape) for i, x in enumerate(e.operands) if i >= constants]
     start, rows = full[:carried], full[carried:]
 
@@ -416,6 +419,7 @@ OPERATIONS: dict[str, Convert] = {
     "conv_general_dilated": convolution,
     "convert_element_type": convert_type,
     "dot_general": dot,
+    "erfc": erfc,
     "expand_dims": reshape,
     "expm1": expm1,
     "gather": gather,
