@@ -12,7 +12,6 @@ from small_exports import ATTRIBUTES, export_of, flow_prior, mixture_prior
 from vaejax.export import ARRAYS, Exported, metadata, payload, to_safetensors
 from vaejax.export.card import Facts, card
 from vaejax.models.denoising import Denoising
-from vaejax.models.residual import SpatialVAE
 from vaejax.models.vae import VAE
 from vaejax.priors import StandardNormal
 
@@ -34,10 +33,10 @@ def head(text: str) -> dict:
 
 
 def export_with(kind: str) -> Exported:
-    spatial = SpatialVAE(size=32, width=8, latent_channels=1, channels=1)
+    grey = VAE(size=16, latent_dim=3, width=1, channels=1)
     match kind:
         case "normal":
-            return export_of(spatial, StandardNormal(spatial))
+            return export_of(grey, StandardNormal(grey))
         case "flow":
             flow = flow_prior(MODEL, steps=2, attributes=ATTRIBUTES)
             return export_of(MODEL, flow, attributes=ATTRIBUTES)

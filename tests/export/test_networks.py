@@ -24,12 +24,13 @@ from vaejax.models.residual import ResidualVAE, SpatialVAE
 from vaejax.models.vae import VAE
 from vaejax.priors import StandardNormal, seed_keys
 
+VAE_16, SPATIAL = VAE(size=16, latent_dim=3, width=1), SpatialVAE(size=32, width=8)
 MODELS = [
-    VAE(size=16, latent_dim=3, width=1),
-    VAE(size=16, latent_dim=3, width=1, norm="batch", output_norm=False, log_variance_bound=2.0),
-    VAE(size=256, latent_dim=2, width=1, channels=1, norm="batch"),
+    VAE_16,
+    # the decoder of large images
+    VAE(size=256, latent_dim=2, width=1, channels=1, norm="batch", log_variance_bound=2.0),
     ResidualVAE(size=32, latent_dim=4, width=8),
-    SpatialVAE(size=32, width=8),
+    SPATIAL,
     FeedForward(size=16, latent_dim=4),
     Convolutional(size=16, width=2),
     Denoising(size=16, width=2),
@@ -79,14 +80,13 @@ def test_encoder_and_decoder_compute_what_jax_computes(model: Autoencoder):
 
 @pytest.mark.skipif(bool(kernels.unavailable_reason()), reason=kernels.unavailable_reason())
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-@pytest.mark.parametrize("model", [MODELS[0], MODELS[3]], ids=name_of)
 def test_a_model_that_runs_on_the_kernels_is_exported_without_them(
-    model: Autoencoder, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
     monkeypatch.setattr(convolution, "winograd_is_faster", lambda *_: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    exported, x = export_of(model), images(model, 3)
+    exported, x = export_of(VAE_16), images(VAE_16, 3)
     assert "ffi_call" in str(jax.make_jaxpr(partial(by_jax, exported))(x))
     codes, z, output = jax.jit(partial(by_jax, exported))(x)
     files = payload(exported).files
@@ -102,7 +102,7 @@ def noise_of(seeds, d: int) -> np.ndarray:
 
 
 def test_a_flow_makes_of_noise_the_latents_that_it_makes_in_jax():
-    model = SpatialVAE(size=32, width=8)
+    model = SPATIAL
     prior = flow_prior(model, steps=5)
     content = payload(export_of(model, prior)).files["prior.onnx"]
     for seeds in (range(1), range(7)):
@@ -112,7 +112,7 @@ def test_a_flow_makes_of_noise_the_latents_that_it_makes_in_jax():
 
 
 def test_the_attributes_of_a_flow_are_its_labels():
-    model, settings = MODELS[0], {"steps": 3, "attributes": ATTRIBUTES}
+    model, settings = VAE_16, {"steps": 3, "attributes": ATTRIBUTES}
     exported = export_of(model, flow_prior(model, **settings), attributes=ATTRIBUTES)
     files, metadata = payload(exported)
     assert metadata["prior"]["attributes"] == ATTRIBUTES
@@ -127,7 +127,7 @@ def test_the_attributes_of_a_flow_are_its_labels():
 
 
 def test_a_component_and_noise_are_a_latent_of_a_mixture():
-    model = MODELS[0]
+    model = VAE_16
     prior = mixture_prior(model)
     files, metadata = payload(export_of(model, prior))
     weights, means, factors = (np.asarray(a, np.float64) for a in prior.mixture)
@@ -139,7 +139,7 @@ def test_a_component_and_noise_are_a_latent_of_a_mixture():
 
 
 def test_what_a_program_needs_to_know_is_in_each_file():
-    model = MODELS[4]
+    model = SPATIAL
     files, metadata = payload(export_of(model, StandardNormal(model)), half=True)
     assert metadata["latents"] == {"latent": [4, 4, 4]}
     assert metadata["prior"] == {"kind": "normal"}
