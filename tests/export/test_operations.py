@@ -67,7 +67,9 @@ FUNCTIONS: dict[str, Callable] = {
     "parts": lambda x: jnp.concatenate(jnp.split(x, 3, axis=2)[::-1], axis=2)[:, 1:, ::2],
     "stacked": lambda x: jnp.stack([x[:, 0], x[:, 1]], axis=2).squeeze(),
     "padded": lambda x: lax.pad(x, jnp.float32(3), [(0, 0, 0), (1, -1, 0), (-2, 3, 0), (0, 0, 0)]),
-    "pooled": lambda x: nn.max_pool(x, (3, 2), (1, 2), "SAME") + nn.avg_pool(x, (1, 2), (1, 2)),
+    "pooled": lambda x: (
+        nn.max_pool(x, (3, 2), (1, 2), "SAME") + nn.avg_pool(x, (3, 2), (1, 2), "SAME")
+    ),
     "attention": attention,
     "class token": class_token,
     "constant start": constant_start,
