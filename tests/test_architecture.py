@@ -27,20 +27,24 @@ ALLOWED = {
     "data": {"cache", "errors", "files", "pictures"},
     "distributions": set(),
     "terminal": {"files"},
-    "models": {"errors", "distributions", "kernels"},
+    "models": {"distributions", "errors", "kernels"},
     "losses": {"distributions", "models"},
     "flow": {"losses", "models"},
     "priors": {"errors", "files", "flow", "models"},
     "generate": {"data", "losses", "models", "priors"},
+    "export": {
+        "distributions", "errors", "files", "flow", "kernels", "metrics", "models", "priors",
+        "system",
+        "__init__",
+    },
     "training": {
-        "cache", "data", "errors", "files", "flow", "generate", "kernels", "losses",
+        "cache", "data", "errors", "export", "files", "flow", "generate", "kernels", "losses",
         "metrics", "models", "nearest", "pictures", "plots", "priors", "system", "terminal",
     },
     "recipes": {"losses", "models", "training"},
     "evaluation": {
-        "cache", "data", "distributions", "errors", "files", "generate", "losses",
-        "metrics", "models", "nearest", "pictures", "plots", "priors", "system", "terminal",
-        "training",
+        "cache", "data", "distributions", "errors", "files", "generate", "losses", "metrics",
+        "models", "nearest", "pictures", "plots", "priors", "system", "terminal", "training",
     },
     "doctor": {
         "cache", "errors", "files", "kernels", "losses", "metrics", "models", "system",
@@ -62,6 +66,8 @@ DOORS = {
     "cv2": {"data"},
     "imageio_ffmpeg": {"pictures.py"},
     "matplotlib": {"plots.py"},
+    "onnx": {"export"},
+    "safetensors": {"export"},
     "tensorboardX": {"training/logger.py"},
 }
 

@@ -190,6 +190,7 @@ def main() -> None:
         | Annotated[commands.FitPrior, tyro.conf.subcommand("fit-prior")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[commands.Export, tyro.conf.subcommand("export")]
         | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[commands.Compare, tyro.conf.subcommand("compare")]
         | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
@@ -202,6 +203,7 @@ def main() -> None:
         commands.FitPrior: commands.fit_prior,
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
+        commands.Export: commands.export,
         commands.Evaluate: commands.evaluate,
         commands.Compare: commands.compare,
         commands.Summary: commands.summary,

@@ -81,6 +81,15 @@ class Reconstruct:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained run as ONNX networks, safetensors and a model card."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    out: Path  # a new folder
+    half: bool = False  # store weights as float16: half the size, images differ by less than 0.001
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Compute the metrics of a run on images that it was not trained on."""
 
@@ -291,6 +300,22 @@ def doctor(_: Doctor) -> None:
     devices.configure(keep=False)
     for line in doctor.doctor():
         print(line, flush=True)
+
+
+def export(command: Export) -> None:
+    """Write the folder of a run's export, and list its files."""
+    from vaejax.training import publish
+
+    publish.refuse_used(command.out)
+    files, metadata = publish.contents(load(command.run), half=command.half)
+    publish.write(command.out, files)
+    for name, data in files.items():
+        print(f"{len(data) / 1e6:8.2f} MB  {command.out / name}")
+    match metadata["prior"]:
+        case None:
+            print(f"No prior.onnx: {command.run} has no prior, and draws no new faces.")
+        case {"kind": "normal"}:
+            print("No prior.onnx: the latents of new faces are standard normal.")
 
 
 def evaluate(command: Evaluate) -> None:

@@ -1,6 +1,5 @@
 """Tables of evaluations as text, Markdown and HTML, and the files of an evaluation."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +9,7 @@ from vaejax import pictures, plots, terminal
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
 from vaejax.files import write_json, write_text
-from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
+from vaejax.metrics import MEMORIZATION, METRICS, MISSING, Direction, Metric, format_estimate
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
 from vaejax.training.run import refuse_links
@@ -27,7 +26,6 @@ CAPTIONS = {
     "rates.png": "The rate of each latent dimension",
 }
 
-MISSING = "–"
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "": "", "0": "→ 0", "1": "→ 1"}
 BY_SET = (SETS_GROUP, MEMORIZATION)  # groups whose columns are sets, in the table of one evaluation
 
@@ -39,17 +37,6 @@ class Table(NamedTuple):
     title: str
     head: list[str]
     rows: list[list[str]]
-
-
-def format_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """Format a metric with two digits of its error, or with five digits if it has none."""
-    if estimate is None:
-        return MISSING
-    value, error = estimate["value"], estimate["error"]
-    if not error:
-        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    digits = max(0, 1 - math.floor(math.log10(abs(error))))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
