@@ -74,49 +74,60 @@ def _number(e: Equation, value: int) -> np.ndarray:
 
 
 def elementwise(graph: Graph, e: Equation, *, kind: str) -> Operands:
+    """Apply the operator of this name number by number."""
     return [graph.op(kind, *e.operands)]
 
 
 def unchanged(_: Graph, e: Equation) -> Operands:
+    """Pass the operands on."""
     return e.operands
 
 
 def convert_type(graph: Graph, e: Equation) -> Operands:
+    """Write `convert_element_type` as Cast."""
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(e.params["new_dtype"]))
     return [graph.op("Cast", *e.operands, to=kind)]
 
 
 def expm1(graph: Graph, e: Equation) -> Operands:
+    """Compute exp(x) - 1, for which ONNX has no operator."""
     return [graph.op("Sub", graph.op("Exp", *e.operands), _number(e, 1))]
 
 
 def erfc(graph: Graph, e: Equation) -> Operands:
+    """Compute 1 - erf(x)."""
     return [graph.op("Sub", _number(e, 1), graph.op("Erf", *e.operands))]
 
 
 def log1p(graph: Graph, e: Equation) -> Operands:
+    """Compute log(1 + x)."""
     return [graph.op("Log", graph.op("Add", *e.operands, _number(e, 1)))]
 
 
 def rsqrt(graph: Graph, e: Equation) -> Operands:
+    """Compute 1 / sqrt(x)."""
     return [graph.op("Reciprocal", graph.op("Sqrt", *e.operands))]
 
 
 def square(graph: Graph, e: Equation) -> Operands:
+    """Compute x x."""
     return [graph.op("Mul", *e.operands, *e.operands)]
 
 
 def integer_power(graph: Graph, e: Equation) -> Operands:
+    """Compute a power of a constant whole number."""
     if e.params["y"] == 2:
         return square(graph, e)
     return [graph.op("Pow", *e.operands, _number(e, e.params["y"]))]
 
 
 def not_equal(graph: Graph, e: Equation) -> Operands:
+    """Compare for inequality."""
     return [graph.op("Not", graph.op("Equal", *e.operands))]
 
 
 def select(graph: Graph, e: Equation) -> Operands:
+    """Write `select_n` of two cases as Where."""
     if e.inputs[0].dtype != bool:
         graph.missing.add("select_n by a number")
     condition, if_false, if_true = e.operands[:3]
@@ -124,6 +135,7 @@ def select(graph: Graph, e: Equation) -> Operands:
 
 
 def clamp(graph: Graph, e: Equation) -> Operands:
+    """Limit x to low and high."""
     low, x, high = e.operands
     return [graph.op("Min", graph.op("Max", x, low), high)]
 
@@ -141,19 +153,23 @@ def broadcast(graph: Graph, e: Equation) -> Operands:
 
 
 def reshape(graph: Graph, e: Equation) -> Operands:
+    """Write a change of shape as Reshape, with all numbers there."""
     return [graph.reshape(_full(graph, e)[0], e.outputs[0].shape)]
 
 
 def transpose(graph: Graph, e: Equation) -> Operands:
+    """Permute the dimensions."""
     return [graph.transpose(e.operands[0], e.params["permutation"])]
 
 
 def concatenate(graph: Graph, e: Equation) -> Operands:
+    """Join arrays along a dimension."""
     shape, axis = e.outputs[0].shape, e.params["dimension"]
     return [graph.op("Concat", *_full(graph, e), shape=shape, axis=axis)]
 
 
 def stack(graph: Graph, e: Equation) -> Operands:
+    """Join arrays along a new dimension."""
     (out,), axis = e.outputs, e.params["axis"]
     shape = (*out.shape[:axis], 1, *out.shape[axis + 1 :])
     parts = [graph.reshape(x, shape) for x in _full(graph, e)]
@@ -184,12 +200,14 @@ def _slice(
 
 
 def slice_(graph: Graph, e: Equation) -> Operands:
+    """Take a part along each dimension."""
     p = e.params
     (x,) = _full(graph, e)
     return [_slice(graph, x, p["start_indices"], p["limit_indices"], p["strides"])]
 
 
 def split(graph: Graph, e: Equation) -> Operands:
+    """Take the parts along a dimension one by one."""
     (x,), axis, first, parts = _full(graph, e), e.params["axis"], 0, []
     for size in e.params["sizes"]:
         starts, ends = [0] * len(x.shape), list(x.shape)
@@ -200,6 +218,7 @@ def split(graph: Graph, e: Equation) -> Operands:
 
 
 def reverse(graph: Graph, e: Equation) -> Operands:
+    """Turn dimensions around, by steps of -1."""
     (x,) = _full(graph, e)
     axes = e.params["dimensions"]
     if isinstance(x, np.ndarray):
@@ -213,6 +232,7 @@ def reverse(graph: Graph, e: Equation) -> Operands:
 
 
 def pad(graph: Graph, e: Equation) -> Operands:
+    """Put a number around an array, or crop where its width is negative."""
     (x, value), low, high = _full(graph, e), [], []
     for before, after, inside in e.params["padding_config"]:
         if inside:
@@ -246,6 +266,7 @@ def _refuse_batch(graph: Graph, e: Equation, axes: Sequence[int]) -> None:
 
 
 def reduce_sum(graph: Graph, e: Equation) -> Operands:
+    """Sum over dimensions."""
     axes = e.params["axes"]
     _refuse_batch(graph, e, axes)
     (x,), shape = _full(graph, e), e.outputs[0].shape
@@ -253,12 +274,14 @@ def reduce_sum(graph: Graph, e: Equation) -> Operands:
 
 
 def reduce_extreme(graph: Graph, e: Equation, *, kind: str) -> Operands:
+    """Take the largest or smallest number over dimensions."""
     axes = list(e.params["axes"])
     _refuse_batch(graph, e, axes)
     return [graph.op(kind, *_full(graph, e), shape=e.outputs[0].shape, axes=axes, keepdims=0)]
 
 
 def arg_extreme(graph: Graph, e: Equation, *, kind: str) -> Operands:
+    """Find the index of the largest or smallest number along a dimension."""
     (axis,) = e.params["axes"]
     _refuse_batch(graph, e, [axis])
     shape = e.outputs[0].shape
@@ -267,6 +290,7 @@ def arg_extreme(graph: Graph, e: Equation, *, kind: str) -> Operands:
 
 
 def dot(graph: Graph, e: Equation) -> Operands:
+    """Multiply matrices as MatMul where it does just that, else as Einsum."""
     (contracted_a, contracted_b), (batch_a, batch_b) = e.params["dimension_numbers"]
     (a, b), shape = _full(graph, e), e.outputs[0].shape
     last = len(a.shape) - 1
