@@ -96,6 +96,29 @@ class Images:
             return self._readers[number]
 
 
+class Selection(Images):
+    """Some of the images of a split, in their order."""
+
+    def __init__(self, images: Images, indices: np.ndarray):
+        self._images, self._indices = images, indices  # and nothing of its own to read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `(h, w, c)` of an image."""
+        return self._images.shape
+
+    def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
+        """Read images by their indices in the selection."""
+        return self._images.read(self._indices[indices])
+
+    def metadata(self, index: int) -> records.Metadata:
+        """Return the person, the path and the SHA-256 of an image's file."""
+        return self._images.metadata(int(self._indices[index]))
+
+
 # The order of training ----------------------------------------------------------------------------
 
 
