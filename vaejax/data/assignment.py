@@ -4,12 +4,12 @@ A prepared set lies in a cache, under a name that follows from its source, and r
 splits follow from the images that it has now. A run, though, has to know every image that it has
 ever learned from. So it has a file of its own:
 
-    splits.npz   16 bytes for each file, each image's pixels and each person, by their split; and the
-                 split of every image of the set that the run reads
+    splits.npz   16 bytes for each file, each image's pixels and each person, by their split; and
+                 the split of every image of the set that the run reads
 
-While a run's images do not change, it reads the prepared set. When it goes on with changed ones, and
-their splits are not those of the set, then it reads a copy of the set, with splits of its own. The
-copy lies in the cache too, and is made again from the set and `splits.npz`.
+While a run's images do not change, it reads the prepared set. When it goes on with changed ones,
+and their splits are not those of the set, then it reads a copy of the set, with splits of its own.
+The copy lies in the cache too, and is made again from the set and `splits.npz`.
 """
 
 import hashlib
@@ -79,36 +79,36 @@ def hash_assignment(hashes: Sequence[str], splits: Sequence[str]) -> str:
 # The images of a prepared set ---------------------------------------------------------------------
 
 
-class _Rows(NamedTuple):
-    """All images of a prepared set, in the order of their hashes and paths."""
+class _Row(NamedTuple):
+    """An image of a prepared set."""
 
-    metadata: list[records.Metadata]
-    facts: list[Facts]
-    splits: list[str]
-    places: list[tuple[Images, int]]  # where the pixels are
-
-
-def _read_rows(prepared: Path) -> _Rows:
-    """Read what decides on the splits of a prepared set, all pixels included."""
-    rows = []
-    for split in records.read_dataset_report(prepared)["splits"]:
-        images = Images(prepared, split)
-        for index, image, facts in _examine(images):
-            rows.append((image, facts, split, (images, index)))
-    rows.sort(key=lambda row: (row[0]["sha256"], row[0]["path"]))
-    columns = zip(*rows, strict=True) if rows else [(), (), (), ()]
-    return _Rows(*(list(column) for column in columns))
+    facts: Facts
+    path: str  # in the source
+    split: str
+    images: Images  # of that split
+    index: int  # among them
 
 
-def _examine(images: Images) -> Iterator[tuple[int, records.Metadata, Facts]]:
-    """Yield the index, the metadata, and what decides on the split, of every image."""
+def _read_rows(prepared: Path) -> list[_Row]:
+    """Read all images of a prepared set, in the order of their hashes and paths."""
+    rows = [
+        _Row(facts, path, split, images, index)
+        for split in records.read_dataset_report(prepared)["splits"]
+        for images in [Images(prepared, split)]
+        for index, (facts, path) in enumerate(_examine(images))
+    ]
+    return sorted(rows, key=lambda row: (row.facts.sha256, row.path))
+
+
+def _examine(images: Images) -> Iterator[tuple[Facts, str]]:
+    """Yield what decides on the split of every image, and its path."""
     for first in range(0, len(images), _BATCH):
         indices = np.arange(first, min(first + _BATCH, len(images)))
         for index, pixels in zip(indices.tolist(), images.read(indices), strict=True):
             image = images.metadata(index)
             folder = str(PurePosixPath(image["path"]).parent)
             facts = Facts(image["sha256"], hash_pixels(pixels), image["person"], folder)
-            yield index, image, facts
+            yield facts, image["path"]
 
 
 # A run's file -------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _write(folder: Path, assignment: Assignment) -> None:
     groups: dict[str, list[bytes]] = {group: [] for group in _GROUPS}
     for key, group in assignment.known.items():
         groups[group].append(key)
-    arrays = {
+    arrays: dict[str, Any] = {
         group: np.frombuffer(b"".join(sorted(keys)), np.uint8).reshape(-1, _ID_BYTES)
         for group, keys in groups.items()
     }
@@ -151,7 +151,7 @@ def _write(folder: Path, assignment: Assignment) -> None:
 
 
 def remember(folder: Path, prepared: Path) -> None:
-    """Add the images of the set that a run reads to those that it knows, before it learns from them.
+    """Add the images of the set that a run reads to those that it knows, before it learns of them.
 
     Raises OSError if the disk does not take them.
     """
@@ -160,14 +160,15 @@ def remember(folder: Path, prepared: Path) -> None:
     if kept is None or kept.source != source:
         rows = _read_rows(prepared)
         known = _extended({} if kept is None else kept.known, rows)
-        _write(folder, Assignment(known, source, rows.splits, "original" in report))
+        splits = [row.split for row in rows]
+        _write(folder, Assignment(known, source, splits, "original" in report))
 
 
-def _extended(known: dict[bytes, str], rows: _Rows) -> dict[bytes, str]:
+def _extended(known: dict[bytes, str], rows: Sequence[_Row]) -> dict[bytes, str]:
     """Return what is known with these images, too. What was learned from stays so."""
     extended = dict(known)
-    by_person = go_by_persons(rows.facts, known)
-    for image, split in zip(rows.facts, rows.splits, strict=True):
+    by_person = go_by_persons([row.facts for row in rows], known)
+    for image, split in ((row.facts, row.split) for row in rows):
         if split == LEFT_OUT:
             continue
         for key in image_ids(image):
@@ -209,7 +210,8 @@ def split_for_run(folder: Path, prepared: Path, *, before: Path | None) -> Path:
     if not known or (kept is not None and kept.source == _source(prepared)):
         return set_of_run(folder, prepared)
     rows = _read_rows(prepared)
-    splits = keep_splits(rows.facts, rows.splits, known)
+    natural = [row.split for row in rows]
+    splits = keep_splits([row.facts for row in rows], natural, known)
     if empty := [name for name in INTERVALS if name not in splits]:
         raise UserError(
             f"of the images that {printable(folder)} goes on with, none is left for "
@@ -221,7 +223,7 @@ def split_for_run(folder: Path, prepared: Path, *, before: Path | None) -> Path:
             f"{left_out:,} new images are left out of all splits: they are copies of images, or "
             "show persons, of different splits"
         )
-    return prepared if splits == rows.splits else _copy(prepared, splits)
+    return prepared if splits == natural else _copy(prepared, splits)
 
 
 def _known_before(folder: Path, before: Path | None) -> dict[bytes, str]:
@@ -232,8 +234,9 @@ def _known_before(folder: Path, before: Path | None) -> dict[bytes, str]:
         return _extended({}, _read_rows(before))
     except UserError:
         print(
-            f"warning: which images {printable(folder)} has learned from is unknown, because it has "
-            f"no {FILE}, and {printable(before)} is gone: they may be among the held-out ones",
+            f"warning: which images {printable(folder)} has learned from is unknown, because it "
+            f"has no {FILE}, and {printable(before)} cannot be read: they may be among the "
+            "held-out ones",
             file=sys.stderr,
         )
         return {}
@@ -266,9 +269,10 @@ def _write_copy(partial: Path, prepared: Path, splits: Sequence[str]) -> None:
     report, rows = records.read_dataset_report(prepared), _read_rows(prepared)
 
     def examples(split: str) -> Iterator[records.Record]:
-        for own, image, (images, index) in zip(splits, rows.metadata, rows.places, strict=True):
+        for own, row in zip(splits, rows, strict=True):
             if own == split:
-                yield records.Record(image=images.read(np.array([index]))[0], **image)
+                pixels = row.images.read(np.array([row.index]))[0]
+                yield records.Record(image=pixels, **row.images.metadata(row.index))
 
     counts = {name: splits.count(name) for name in _SPLITS if name in (*INTERVALS, *splits)}
     folder, size = partial / "records", report["size"]
@@ -279,7 +283,7 @@ def _write_copy(partial: Path, prepared: Path, splits: Sequence[str]) -> None:
     ]
     records.write_metadata(folder, size=size, splits=infos)
     shutil.copyfile(prepared / "contact_sheet.png", partial / "contact_sheet.png")
-    hashes = [image["sha256"] for image in rows.metadata]
+    hashes = [row.facts.sha256 for row in rows]
     own = {"splits": counts, "assignment": hash_assignment(hashes, splits)}
     report = records.seal({**report, **own, "original": identity(report)}, partial)
     write_json(partial / records.REPORT, report)
@@ -295,7 +299,7 @@ def learned_from(folder: Path, images: Images) -> Int[np.ndarray, " n"]:
         return np.zeros(0, np.int64)
     indices = [
         index
-        for index, _, facts in _examine(images)
+        for index, (facts, _) in enumerate(_examine(images))
         if any(kept.known.get(key) == "train" for key in image_ids(facts))
     ]
     return np.asarray(indices, np.int64)

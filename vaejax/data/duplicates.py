@@ -34,9 +34,10 @@ def hash_pixels(image: UInt8[np.ndarray, "h w 3"]) -> str:
 def hash_look(image: UInt8[np.ndarray, "s s 3"]) -> bytes:
     """Return a perceptual hash: the signs of the low frequencies of the grey image, as 32 bytes.
 
-    The frequencies are those of the discrete cosine transform, without the mean. So the hash stays
-    nearly the same when an image is compressed, resized or made brighter, but not when it is cropped
-    or mirrored. (Zauner, 2010, section 3.2.1, with signs in place of a comparison with the median.)
+    The frequencies are those of the discrete cosine transform, without the mean (Zauner, 2010,
+    section 3.2.1, with signs in place of a comparison with the median). So the hash stays nearly
+    the same when an image is compressed, resized or made brighter, but not when it is cropped or
+    mirrored.
     """
     basis = _cosines(image.shape[0])
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -57,7 +58,7 @@ def _cosines(size: int) -> Float[np.ndarray, "16 {size}"]:
 class NearDuplicates(NamedTuple):
     """Pairs of images that look the same."""
 
-    count: int
+    pairs: int
     examples: list[tuple[int, int]]  # indices of images, the first ones found
     complete: bool  # whether all pairs that could be near were compared
 

@@ -355,7 +355,7 @@ def _near_duplicates(gathered: Gathered) -> dict[str, Any]:
     near = near_duplicates([gathered.looks[i] for i in different], examples=LISTED_PAIRS)
     paths = [gathered.paths[i] for i in different]
     return {
-        "pairs": near.count,
+        "pairs": near.pairs,
         "complete": near.complete,
         "max_distance": MAX_DISTANCE,
         "listed": [[paths[one], paths[other]] for one, other in near.examples],

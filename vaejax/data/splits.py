@@ -170,9 +170,7 @@ def _fill_empty_splits(
 
 # The splits of a run whose images have changed ----------------------------------------------------
 
-MIXED = (
-    "mixed"  # a person whose images are in several splits: what is new of her or him is left out
-)
+MIXED = "mixed"  # of a person whose images are in several splits; new ones of her are left out
 
 Known = Mapping[bytes, str]  # the split of each image, and of each person or `MIXED`, by its id
 
