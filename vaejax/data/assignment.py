@@ -86,16 +86,16 @@ class _Row(NamedTuple):
     path: str  # in the source
     split: str
     images: Images  # of that split
-    index: int  # among them
+    place: int  # among them
 
 
 def _read_rows(prepared: Path) -> list[_Row]:
     """Read all images of a prepared set, in the order of their hashes and paths."""
     rows = [
-        _Row(facts, path, split, images, index)
+        _Row(facts, path, split, images, place)
         for split in records.read_dataset_report(prepared)["splits"]
         for images in [Images(prepared, split)]
-        for index, (facts, path) in enumerate(_examine(images))
+        for place, (facts, path) in enumerate(_examine(images))
     ]
     return sorted(rows, key=lambda row: (row.facts.sha256, row.path))
 
@@ -271,8 +271,8 @@ def _write_copy(partial: Path, prepared: Path, splits: Sequence[str]) -> None:
     def examples(split: str) -> Iterator[records.Record]:
         for own, row in zip(splits, rows, strict=True):
             if own == split:
-                pixels = row.images.read(np.array([row.index]))[0]
-                yield records.Record(image=pixels, **row.images.metadata(row.index))
+                pixels = row.images.read(np.array([row.place]))[0]
+                yield records.Record(image=pixels, **row.images.metadata(row.place))
 
     counts = {name: splits.count(name) for name in _SPLITS if name in (*INTERVALS, *splits)}
     folder, size = partial / "records", report["size"]
