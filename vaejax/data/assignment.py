@@ -13,6 +13,7 @@ The copy lies in the cache too, and is made again from the set and `splits.npz`.
 """
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -120,7 +121,7 @@ def read(folder: Path) -> Assignment | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             known = {
                 row.tobytes(): group
                 for group in _GROUPS

@@ -18,8 +18,8 @@ INTERVALS = {"train": (0.0, 0.90), "validation": (0.90, 0.95), "test": (0.95, 1.
 LEFT_OUT = "left_out"  # an image that would tie two splits together
 
 # Folders of these names hold splits, and no persons.
-_NAMES_OF_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
-_NAMES_OF_SPLITS |= {"dev", "holdout", "heldout"}
+_NAMES_OF_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_NAMES_OF_SPLITS |= {"dev", "evaluation", "holdout", "heldout"}
 
 # What images have in common: ranked, because a group is named after its first.
 _Node = tuple[int, str]
