@@ -104,10 +104,15 @@ def load_run(folder: Path, split: str, *, prior: priors.PriorName | None = None)
     try:
         dataset_report = read_dataset_report(prepared)
     except UserError as error:
+        kept = assignment.read(folder)
+        again = (
+            f"`vaejax prepare {spec.schedule.source} --size {model.size} --out {prepared}` "
+            "prepares them again (with --crop-faces or --person-depth, if the run had them)"
+            if kept is None or not kept.is_own
+            else "The command that the run was made by makes them again, with the run's own splits"
+        )
         raise UserError(
-            f"the images that {folder} was trained on cannot be read: {error} `vaejax prepare "
-            f"{spec.schedule.source} --size {model.size} --out {prepared}` prepares them "
-            "again (with --crop-faces, if they were cropped)"
+            f"the images that {folder} was trained on cannot be read: {error} {again}"
         ) from None
     present = assignment.identity(dataset_report)
     if any(present.get(field, value) != value for field, value in spec.data.items()):
