@@ -90,14 +90,14 @@ def main() -> None:
 
 def prepare_images(options: argparse.Namespace) -> Path:
     """Prepare and split the images by vaejax, and write an array of each split for the others."""
+    from vaejax.data import assignment
     from vaejax.data.batches import Images
     from vaejax.data.prepare import prepare
     from vaejax.data.records import read_dataset_report
     from vaejax.data.sources import drawn_faces
 
     prepared = prepare(options.data or drawn_faces(), size=SIZE)
-    report = read_dataset_report(prepared)
-    identity = {field: report[field] for field in ("fingerprint", "persons", "splits")}
+    identity = assignment.identity(read_dataset_report(prepared))
     identity_file = options.out / "data.json"
     if identity_file.exists() and read_json(identity_file) != identity:
         sys.exit(f"{options.out} has results of other images: name another --out")

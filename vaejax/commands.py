@@ -28,6 +28,9 @@ class Prepare:
     cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
     margin: float | None = None  # around a face, in sides of its box (none: 0.3)
     debug_sheet: Path | None = None  # a PNG that shows which faces were found where
+    # which folder of a file's path names the person, 1 the outermost (none: the first that not all
+    # images share; 0: none does)
+    person_depth: int | None = None
     # Apache Beam's runner to do it, such as FlinkRunner (none: the cores of this machine); vaejax
     # is installed where its workers run, and they see source and out under the same paths
     beam: str | None = None
@@ -144,6 +147,7 @@ def prepare(command: Prepare) -> None:
             crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin
         ),
         debug_sheet=command.debug_sheet,
+        person_depth=command.person_depth,
         workers=workers_from_flags(beam=command.beam, beam_options=command.beam_options),
     )
     print(f"prepared: {folder}")

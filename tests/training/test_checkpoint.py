@@ -384,7 +384,9 @@ def test_a_file_that_somebody_edited_is_an_error_errors_as_messages_or_does_no_h
 
     acts: dict[str, list[Callable[[], object]]] = {
         "config.json": [
-            lambda: run.choose_folder(spec, out=folder, fresh=False, accept_changed_data=False),
+            lambda: run.choose_folder(
+                "tiny", lambda _: spec, out=folder, fresh=False, accept_changed_data=False
+            ),
             lambda: commands.load(str(folder)),
             write_page,
         ],

@@ -96,6 +96,29 @@ class Images:
             return self._readers[number]
 
 
+class Selection(Images):
+    """Some of the images of a split, in their order."""
+
+    def __init__(self, images: Images, indices: np.ndarray):
+        self._images, self._indices = images, indices  # and nothing of its own to read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `(h, w, c)` of an image."""
+        return self._images.shape
+
+    def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
+        """Read images by their indices in the selection."""
+        return self._images.read(self._indices[indices])
+
+    def metadata(self, index: int) -> records.Metadata:
+        """Return the person, the path and the SHA-256 of an image's file."""
+        return self._images.metadata(int(self._indices[index]))
+
+
 # The order of training ----------------------------------------------------------------------------
 
 
@@ -163,18 +186,20 @@ def _order(images: int, batch_size: int, seed: int) -> "grain.MapDataset":
 class DatasetDiff(NamedTuple):
     """The number of images that differ between two prepared sets, by their paths in the source.
 
-    `known` is False if the older set cannot be read.
+    `moved` ones are the same, in another split. `known` is False if the older set cannot be read.
     """
 
     added: int
     removed: int
     changed: int
+    moved: int = 0
     known: bool = True
 
     def __str__(self) -> str:
         if not self.known:
             return "how is unknown, because the set prepared before is gone or of another version"
-        return f"{self.added:,} added, {self.removed:,} removed, {self.changed:,} changed"
+        moved = f", {self.moved:,} in another split" if self.moved else ""
+        return f"{self.added:,} added, {self.removed:,} removed, {self.changed:,} changed{moved}"
 
 
 def dataset_diff(before: Path, after: Path) -> DatasetDiff | None:
@@ -188,12 +213,15 @@ def dataset_diff(before: Path, after: Path) -> DatasetDiff | None:
     old, new = records.read_dataset_report(before), records.read_dataset_report(after)
     if old["size"] != new["size"] or _crop(old) != _crop(new):
         return None
-    old_hashes, new_hashes = _hashes(before), _hashes(after)
-    common = old_hashes.keys() & new_hashes.keys()
+    old_places, new_places = _places(before), _places(after)
+    common = old_places.keys() & new_places.keys()
+    differ = [path for path in common if old_places[path] != new_places[path]]
+    changed = sum(old_places[path][0] != new_places[path][0] for path in differ)
     return DatasetDiff(
-        added=len(new_hashes) - len(common),
-        removed=len(old_hashes) - len(common),
-        changed=sum(old_hashes[path] != new_hashes[path] for path in common),
+        added=len(new_places) - len(common),
+        removed=len(old_places) - len(common),
+        changed=changed,
+        moved=len(differ) - changed,
     )
 
 
@@ -202,12 +230,12 @@ def _crop(report: dict[str, Any]) -> tuple[Any, ...]:
     return crop.get("cascade_sha256"), crop.get("margin")
 
 
-def _hashes(prepared: Path) -> dict[str, str]:
-    """Return the SHA-256 of every image's file, by path."""
-    metadata = (
-        images.metadata(i)
+def _places(prepared: Path) -> dict[str, tuple[str, str]]:
+    """Return the SHA-256 of every image's file, and its split, by path."""
+    return {
+        image["path"]: (image["sha256"], split)
         for split in records.read_dataset_report(prepared)["splits"]
         for images in [Images(prepared, split)]
         for i in range(len(images))
-    )
-    return {image["path"]: image["sha256"] for image in metadata}
+        for image in [images.metadata(i)]
+    }

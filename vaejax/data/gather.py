@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from vaejax.data import faces, records
 from vaejax.data.decode import Refused, open_image, resize, to_rgb
+from vaejax.data.duplicates import hash_look, hash_pixels
 from vaejax.data.sources import Entry, Listing
 from vaejax.errors import UserError
 
@@ -67,6 +68,8 @@ class Gathered:
     pixels: Any  # images by index: `Pixels`, or the store of other workers
     paths: list[str] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)  # SHA-256 of the file, in hex
+    pixel_hashes: list[str] = field(default_factory=list)
+    looks: list[bytes] = field(default_factory=list)  # perceptual hashes
     dimensions: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height)
     refused: list[dict[str, str]] = field(default_factory=list)  # "path" and "reason"
     several_faces: int = 0  # images in which more than one face was detected
@@ -214,6 +217,8 @@ class Examined:
     """An accepted image."""
 
     sha256: str  # of the file, in hex
+    pixel_hash: str  # of the prepared image
+    look: bytes  # perceptual hash of the prepared image
     dimensions: tuple[int, int]  # (width, height), as stored
     pixels: Any  # UInt8 [size size 3], or where a worker on another machine has stored them
     thumbnail: faces.Thumbnail | None  # for the faces sheet, if there is a detector
@@ -245,7 +250,9 @@ def examine(
             pixels, thumbnail = _cut_face(image, data, size, detector)
     except Refused as refused:
         return refused
-    return Examined(hashlib.sha256(data).hexdigest(), dimensions, pixels, thumbnail)
+    digest = hashlib.sha256(data).hexdigest()
+    hashes = digest, hash_pixels(pixels), hash_look(pixels)
+    return Examined(*hashes, dimensions, pixels, thumbnail)
 
 
 def collect(
@@ -265,6 +272,8 @@ def collect(
         gathered.pixels.append(result.pixels)
         gathered.paths.append(entry.path)
         gathered.hashes.append(result.sha256)
+        gathered.pixel_hashes.append(result.pixel_hash)
+        gathered.looks.append(result.look)
         gathered.dimensions[result.dimensions] += 1
     return gathered
 

@@ -123,7 +123,7 @@ def comparable(runs: Sequence[EvaluatedRun]) -> tuple[list[Mapping[str, Any]], l
         dropped |= {*SET_METRICS, *GAPS, "persons"}
     if splits := differences("split"):
         remarks.append(f"The splits differ ({splits}): differences may be those of the images.")
-    elif differences("data"):
+    elif _data_differ([e["data"] for e in evaluations]):
         remarks.append("The images of the runs differ: differences may be those of the images.")
     if differences("config"):
         remarks.append("The samples or seeds of the evaluations differ: see each evaluation.json.")
@@ -131,6 +131,13 @@ def comparable(runs: Sequence[EvaluatedRun]) -> tuple[list[Mapping[str, Any]], l
         {**e, "metrics": {n: v for n, v in e["metrics"].items() if n.split("/")[0] not in dropped}}
         for e in evaluations
     ], remarks
+
+
+def _data_differ(data: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether images or splits differ, so far as all say: earlier versions say less."""
+    unsaid = set() if all("assignment" in d for d in data) else {"assignment"}
+    said = [{name: value for name, value in d.items() if name not in unsaid} for d in data]
+    return any(d != said[0] for d in said)
 
 
 def _name(value: Any) -> Any:

@@ -255,7 +255,8 @@ def training_features(prepared: Path, features: Features, model: Autoencoder) ->
     training = Images(prepared, "train")
     report = read_dataset_report(prepared)
     facts = [features.name, features.weights]
-    facts += [report[field] for field in ("fingerprint", "persons", "splits")]
+    names = ("fingerprint", "persons", "splits", "assignment")
+    facts += [report[name] for name in names if name in report]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "features" / f"{digest}.npy"
     try:

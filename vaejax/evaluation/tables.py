@@ -146,6 +146,11 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         f"step {evaluation['step']:,}. It took {format_duration(evaluation['seconds'])} and "
         f"{format_bytes(evaluation['peak_memory_bytes'])} on {evaluation['device']}."
     ]
+    if learned := evaluation["learned_from"]:
+        lines.append(
+            f"{learned:,} more images of that split are left out, because the run has learned from "
+            "them: at some time they were among its training images."
+        )
     if features := evaluation["features"]:
         lines.append(f"Faces are compared by {features['name']} ({features['weights']}).")
     if evaluation["compared_faces"]:
