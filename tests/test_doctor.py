@@ -107,6 +107,25 @@ def test_a_broken_run_does_not_hide_the_others(begun: Path):
     assert "00003-tiny" in table
 
 
+def test_a_stranger_s_run_says_nothing_to_the_terminal(begun: Path):
+    state = {**STATE, "status": "finished\x1b[2J\nfaked", "changed": "\x1b]0;title\x07 now"}
+    (begun / "run.json").write_text(json.dumps(state))
+    named = begun.with_name("00004-\x1b[31m\n")
+    named.mkdir()
+    (named / "config.json").write_text('{"format": "\\u001b[2J"}')
+    table = doctor.runs()
+    assert len(table.splitlines()) == 3
+    assert not any(ord(c) < 32 for line in table.splitlines() for c in line)
+    assert "\\x1b[2J\\x0afaked" in table
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl", "run.lock"])
+def test_a_pipe_in_a_run_does_not_block(name: str, begun: Path):
+    (begun / name).unlink(missing_ok=True)
+    os.mkfifo(begun / name)
+    assert ("unreadable" if name != "run.lock" else "stopped") in doctor.runs()
+
+
 def test_no_run_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert doctor.runs() == f"there is no run in {tmp_path / 'runs'} yet"

@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.typing import ArrayLike
 
-from vaejax import kernels
+from vaejax import files, kernels
 from vaejax.models import convolution
 from vaejax.models.convolution import convolve, convolve_transposed, native_algorithm
 from vaejax.models.normalization import norm_silu
@@ -419,5 +419,69 @@ def test_a_build_is_kept_in_the_cache_folder_and_used_again(tmp_path: Path):
     environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     assert reason(**environment) == reason(**environment) == ""
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
-    (library,) = (tmp_path / "cache" / "vaejax" / "kernels").iterdir()
-    assert library.suffix == ".so"
+    found = sorted((tmp_path / "cache" / "vaejax" / "kernels").iterdir())
+    assert [path.suffix for path in found] == [".so", ".sha256"]
+
+
+def test_half_of_a_library_is_built_again_and_never_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f"""#!/bin/sh
+echo >> {tmp_path / "calls"}
+while [ $# -gt 1 ]; do [ "$1" = -o ] && printf library > "$2"; shift; done
+"""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = kernels.build()
+    checksum = library.with_name(f"{library.name}.sha256")
+
+    def damage(path: Path, content: bytes | None) -> None:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+
+    def link() -> None:
+        library.rename(tmp_path / "elsewhere")
+        library.symlink_to(tmp_path / "elsewhere")
+
+    damages = [
+        lambda: damage(library, b"libr"),
+        lambda: damage(library, b""),
+        lambda: damage(library, b"malware"),
+        lambda: damage(checksum, b""),
+        lambda: damage(checksum, None),
+        lambda: os.mkfifo(checksum) if damage(checksum, None) is None else None,
+        link,
+    ]
+    for number, act in enumerate(damages, 1):
+        assert kernels.build() == library  # as it was built
+        assert len((tmp_path / "calls").read_text().splitlines()) == number
+        act()
+    assert kernels.build() == library
+    assert library.read_bytes() == b"library"
+    assert not library.is_symlink()
+    assert {path.name for path in library.parent.iterdir()} == {library.name, checksum.name}
+
+
+def test_a_library_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    events: list[str] = []
+    monkeypatch.setattr(files, "fsync", lambda path: events.append(f"flush {Path(path).suffix}"))
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        events.append(f"name {target.suffix}")
+        replace(source, target)
+
+    def compile_(command: list[str], **_: object) -> None:
+        Path(command[-1]).write_bytes(b"library")
+
+    monkeypatch.setattr(os, "replace", record)
+    monkeypatch.setattr(subprocess, "run", compile_)
+    kernels.build()
+    assert events[:3] == ["flush .so", "name .so", "flush "]

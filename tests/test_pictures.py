@@ -1,5 +1,6 @@
 """Pictures and films show their images, and a failure leaves the old file as it was."""
 
+import os
 import re
 import subprocess
 import sys
@@ -145,6 +146,29 @@ def test_damaged_pictures_and_those_of_another_size_are_left_out_with_a_warning(
     warning = capsys.readouterr().err
     assert "3 of 6 pictures" in warning
     assert all(name in warning for name in ("002.png", "003.png", "004.png"))
+
+
+def test_a_film_shows_neither_what_a_link_leads_to_nor_a_bomb_and_waits_for_no_pipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "film").mkdir()
+    make_film(tmp_path / "film", 7)
+    capsys.readouterr()
+    pictures.save_png(tmp_path / "mine.png", greys(1, 64)[0])
+    frames = sorted((tmp_path / "film").glob("*.png"))
+    for frame in frames[2:5]:
+        frame.unlink()
+    frames[2].symlink_to(tmp_path / "mine.png")
+    os.mkfifo(frames[3])
+    Image.new("1", (10_000, 10_000)).save(frames[4], "PNG")  # of 15 KB
+    frames.append(tmp_path / "film" / "\x1b[2J.png")
+    frames[-1].touch()
+    pictures.film(frames, mp4=tmp_path / "film.mp4", gif=tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as image:
+        assert image.n_frames == 4
+    warning = capsys.readouterr().err
+    assert "4 of 8 pictures" in warning
+    assert "\x1b" not in warning
 
 
 def test_an_mp4_has_even_sides_padded_with_white_and_plays_everywhere(tmp_path: Path):

@@ -37,7 +37,7 @@ def errors_as_messages() -> Iterator[None]:
     except Interrupted as error:  # the run has said so itself
         sys.exit(error.exit_code)
     except VaejaxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -47,7 +47,7 @@ def errors_as_messages() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:  # a disk that is full, a file that may not be read
         where = f"{printable(error.filename)}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {where}{printable(error.strerror or str(error))}", file=sys.stderr)
         sys.exit(StorageError.exit_code)
 
 

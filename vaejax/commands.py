@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import tyro
@@ -152,6 +153,7 @@ def sample(command: Sample) -> None:
     from vaejax.training import prior
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     name = command.prior or prior.default_name(loaded)
     steps, condition = command.sampler_steps, command.condition
     chosen = prior.load(loaded, name, steps=steps, condition=condition)
@@ -191,7 +193,7 @@ def fit_prior(command: FitPrior) -> None:
     with run.locked(loaded.folder), SignalGuard().listening() as signals:
         prior.fit(loaded, flow_prior.Resources(devices.choose(), signals))
         run.write_spec(loaded.folder, loaded.spec)
-    print(f"{loaded.folder} has a {name} prior: `vaejax sample {command.run}` draws from it")
+    print(f"{loaded.folder} has a {name} prior: `vaejax sample {quote(command.run)}` draws from it")
 
 
 def denoise(command: Denoise) -> None:
@@ -199,19 +201,20 @@ def denoise(command: Denoise) -> None:
     if not 0 <= command.seed < 2**32:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967295")
     refuse_no_image(command.images)
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     import jax
     import numpy as np
 
     from vaejax import generate, pictures
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     model = loaded.model
     if not model.denoises:
         raise UserError(
             f"{command.run} is a {model.title}, which was not trained to remove noise: see what "
-            f"it makes of your images with `vaejax reconstruct {command.run} IMAGE...`, or train a "
-            "denoising autoencoder with experiments/denoising.py"
+            f"it makes of your images with `vaejax reconstruct {quote(command.run)} IMAGE...`, or "
+            "train a denoising autoencoder with experiments/denoising.py"
         )
     clean = inputs = read_images(command.images, size=model.size)
     if command.add_noise:
@@ -229,10 +232,11 @@ def denoise(command: Denoise) -> None:
 def reconstruct(command: Reconstruct) -> None:
     """Write a picture of images above their reconstructions."""
     refuse_no_image(command.images)
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     from vaejax import pictures
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     images = read_images(command.images, size=loaded.model.size)
     pictures.save_png(command.out, pictures.stack_rows([images, reconstruct_all(loaded, images)]))
     print(f"{len(images)} images above their reconstructions: {command.out}")
@@ -246,11 +250,13 @@ def read_images(paths: Sequence[Path], *, size: int):
     import numpy as np
 
     from vaejax.data.decode import Refused, decode, resize
+    from vaejax.data.sources import MAX_BYTES
+    from vaejax.files import read_bytes
 
     images = []
     for path in paths:
         try:
-            images.append(resize(decode(path.read_bytes()), size))
+            images.append(resize(decode(read_bytes(path, max_bytes=MAX_BYTES, links=True)), size))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except Refused as refused:
@@ -300,6 +306,7 @@ def evaluate(command: Evaluate) -> None:
     devices.configure()
     folder = run.find(command.run)
     run.refuse_unwritable(folder)
+    run.refuse_links(folder)
     trained_run = load_run(folder, command.split, prior=command.prior)
     network, missing = None, ""
     try:
@@ -322,7 +329,7 @@ def evaluate(command: Evaluate) -> None:
     tables.write(folder, evaluation)
     if status := run.last_status(folder):
         visualize.write_readme(folder, run.read_spec(folder), status)
-    print("\n".join(tables.to_text(evaluation.json, terminal.width(sys.stdout))))
+    print_lines(tables.to_text(evaluation.json, terminal.width(sys.stdout)))
     print(f"With pictures: {folder / 'evaluation.md'}")
 
 
@@ -332,14 +339,18 @@ def compare(command: Compare) -> None:
         raise UserError("no run was named: name one or more")
     if command.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {command.out}: the page is HTML, its name must end in .html")
+    if os.path.isdir(command.out):
+        raise UserError(f"--out {command.out} is a folder: name a file in it, such as compare.html")
     from vaejax.evaluation import compare
     from vaejax.files import write_text
-    from vaejax.training.run import refuse_unwritable
+    from vaejax.training.run import refuse_output, refuse_unwritable
 
     refuse_unwritable(command.out.parent)
     evaluated = [compare.read_run(name) for name in command.runs]
+    sources = [r.spec.schedule.source for r in evaluated]
+    refuse_output(command.out, inputs=sources)
     evaluations, remarks = compare.comparable(evaluated)
-    print("\n".join(compare.to_text(evaluations, remarks, terminal.width(sys.stdout))))
+    print_lines(compare.to_text(evaluations, remarks, terminal.width(sys.stdout)))
     write_text(command.out, compare.page(evaluated, evaluations, remarks))
     print(f"With pictures: {command.out}")
 
@@ -391,12 +402,29 @@ def refuse_no_image(paths: Sequence[Path]) -> None:
         raise UserError("no image was named: name one or more after the run")
 
 
-def refuse_no_picture(path: Path) -> None:
-    """UserError unless a PNG can be written there."""
-    from vaejax.training.run import refuse_unwritable
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines that hold texts from files, which may be a stranger's."""
+    from vaejax.files import printable
+
+    for line in "\n".join(lines).split("\n"):
+        print(printable(line))
+
+
+def refuse_output_of(path: Path, loaded) -> None:
+    """Raise UserError for a picture that would lie among the images of a run, or be one of them."""
+    from vaejax.training.run import refuse_output
+
+    schedule = loaded.spec.schedule
+    refuse_output(path, inputs=[schedule.source, schedule.prepared])
+
+
+def refuse_no_picture(path: Path, *, inputs: Sequence[Path] = ()) -> None:
+    """Raise UserError unless a PNG can be written there, which is not one of the inputs."""
+    from vaejax.training.run import refuse_output, refuse_unwritable
 
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
     if os.path.isdir(path):
         raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
     refuse_unwritable(path.parent)
+    refuse_output(path, inputs=inputs)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import vaejax
 from vaejax import kernels, losses, terminal
+from vaejax.cache import cache_folder
 from vaejax.errors import UserError
-from vaejax.files import cache_folder
+from vaejax.files import printable
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models import summary as layers
@@ -77,9 +78,10 @@ def runs(columns: int | None = None) -> str:
     ]
     for folder in run.numbered():
         try:
-            table.append(_row(folder))
-        except UserError as error:
-            table.append((folder.name, "unreadable", "", str(error), "", "", ""))
+            row = _row(folder)
+        except (UserError, OSError) as error:
+            row = (folder.name, "unreadable", "", str(error), "", "", "")
+        table.append(tuple(printable(cell) for cell in row))  # the run may be a stranger's
     if len(table) == 1:
         return f"there is no run in {run.ROOT.absolute()} yet"
     return "\n".join(terminal.table(table, left=range(len(table[0])), columns=columns))
@@ -109,7 +111,7 @@ def _bytes(folder: Path) -> int:
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += os.stat(os.path.join(path, name)).st_size
+                total += os.lstat(os.path.join(path, name)).st_size
     return total
 
 
@@ -136,7 +138,7 @@ def doctor() -> Iterator[str]:
             if devices.count == 1
             else "XLA's, since there are several devices"
         )
-    for what, folder in (("runs", run.ROOT), ("cache", cache_folder())):
+    for what, folder in (("runs", run.ROOT), ("cache", cache_folder(make=False))):
         nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         usage = shutil.disk_usage(nearest)
         state = "" if os.access(nearest, os.W_OK) else ", and it cannot be written"

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from vaejax.files import open_regular
+
 Place = Literal["progress", "epoch", "readme", "curves", "runs", "evaluation"]
 Direction = Literal["higher", "lower", "1", "0", ""]  # or nearer to 1 or 0; "": neither
 
@@ -161,17 +163,22 @@ def shown_in(place: Place) -> dict[str, Metric]:
 
 # metrics.jsonl ------------------------------------------------------------------------------------
 
+MAX_LINE_BYTES, MAX_FILE_BYTES = 1 << 20, 1 << 30  # a line has a kilobyte
+
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every line of a `metrics.jsonl` with its parsed content.
 
     Lines that a kill or a full disk has cut off, and damaged ones, are left out; nothing is yielded
-    if there is no such file.
+    if there is no such file. Raises OSError for anything but a regular file, and a huge one.
     """
-    if not path.exists():
+    try:
+        file = open_regular(path, max_bytes=MAX_FILE_BYTES)
+    except FileNotFoundError:
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with file:
+        while data := file.readline(MAX_LINE_BYTES):
+            line = data.decode(errors="replace")
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ atomically.
 """
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -21,7 +22,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from vaejax.files import atomic
+from vaejax.files import atomic, printable, read_bytes
+
+MAX_PNG_BYTES, MAX_PNG_PIXELS = 256 << 20, 50_000_000  # of a picture that is read
 
 Images = UInt8[np.ndarray, "n h w c"]
 Picture = UInt8[np.ndarray, "H W c"]
@@ -78,6 +81,32 @@ def save_png(path: Path, picture: Picture) -> None:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
+def encode_png(picture: Picture) -> bytes:
+    """Return a picture as a PNG file: its pixels, and nothing else."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()
+
+
+def read_png(path: Path) -> Image.Image:
+    """Read a PNG file that anybody may have put there.
+
+    Raises OSError for anything but a regular file of bounded size, ValueError for one that is no
+    PNG, damaged, or of more than 50 megapixels.
+    """
+    data = read_bytes(path, max_bytes=MAX_PNG_BYTES)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        if picture.width * picture.height > MAX_PNG_PIXELS:  # before anything is decoded
+            raise ValueError("it has more than 50 megapixels")
+        picture.load()
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises many types of exceptions for damaged files
+        raise ValueError("it is no undamaged PNG") from error
+    return picture
+
+
 # Films --------------------------------------------------------------------------------------------
 
 
@@ -119,16 +148,12 @@ def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int
     """
     sizes: dict[Path, tuple[int, int]] = {}
     for frame in frames:
-        try:
-            with Image.open(frame) as picture:
-                picture.load()
-                sizes[frame] = picture.size
-        except Exception:  # Pillow raises many types of exceptions for damaged files
-            continue
+        with suppress(OSError, ValueError):
+            sizes[frame] = read_png(frame).size
     size = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
     usable = [frame for frame in frames if sizes.get(frame) == size]
     if unusable := [frame for frame in frames if frame.exists() and frame not in usable]:
-        names = ", ".join(frame.name for frame in unusable[:5])
+        names = ", ".join(printable(frame.name) for frame in unusable[:5])
         print(
             f"warning: {len(unusable)} of {len(frames)} pictures are damaged or of another size, "
             f"and are left out of the film: {names}{', …' if len(unusable) > 5 else ''}",
@@ -140,8 +165,7 @@ def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int
 def _read(frames: Sequence[Path], captions: Mapping[Path, str]) -> Iterator[Image.Image]:
     """Yield the pictures one by one, so that only one is in memory, above their captions."""
     for frame in frames:
-        with Image.open(frame) as picture:
-            rgb = picture.convert("RGB")
+        rgb = read_png(frame).convert("RGB")
         yield _captioned(rgb, captions[frame]) if captions else rgb
 
 

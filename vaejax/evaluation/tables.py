@@ -13,6 +13,7 @@ from vaejax.files import write_json, write_text
 from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
+from vaejax.training.run import refuse_links
 
 FOLDER = "evaluation"  # of the pictures, in the run's folder
 
@@ -175,7 +176,8 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation into its run's folder."""
+    """Write an evaluation into its run's folder. Raises UserError if that leads elsewhere."""
+    refuse_links(folder)
     draw(folder / FOLDER, evaluation.pictures)
     write_json(folder / "evaluation.json", evaluation.json)
     write_text(

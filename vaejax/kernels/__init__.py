@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vaejax.files import cache_folder
+from vaejax.cache import cache_folder
+from vaejax.files import atomic, read_bytes, write_text
 from vaejax.system import processor_id
 
 # "winograd": 3x3 kernels of stride 1 and 5x5 kernels of stride 2, whose stride divides the image's
@@ -54,6 +55,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC", "-w"),
 )
+MAX_LIBRARY_BYTES = 64 << 20
 SWITCH = "VAEJAX_NATIVE"  # environment variable; 0 turns the kernels off
 
 
@@ -91,7 +93,9 @@ def unavailable_reason() -> str:
 def build() -> Path:
     """Compile the library unless the cache folder has it, and return its path.
 
-    Its name is a hash of the sources, the compiler, the version of jaxlib and the processor.
+    Its name is a hash of the sources, the compiler, the version of jaxlib and the processor. Beside
+    it lies its own SHA-256: half of a library, as a power cut may leave it, would kill the process
+    that loads it, and is built again.
 
     Raises OSError or subprocess.SubprocessError if it cannot be built.
     """
@@ -105,15 +109,28 @@ def build() -> Path:
     inputs = (*compiler, *FLAGS, version("jaxlib"), processor_id(), *sources)
     name = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     library = cache_folder() / "kernels" / f"{name}.so"
-    if not library.exists():
+    checksum = library.with_suffix(".so.sha256")
+    if not _is_as_built(library, checksum):
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            partial = Path(folder) / library.name
+            built = Path(folder) / library.name
             headers = ["-I", jax.ffi.include_dir()]
-            command = [*compiler, *FLAGS, *headers, str(SOURCES / "kernels.cc"), "-o", str(partial)]
+            command = [*compiler, *FLAGS, *headers, str(SOURCES / "kernels.cc"), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-            partial.replace(library)  # atomically, because other processes may load it
+            content = built.read_bytes()
+        with atomic(library) as partial:  # because other processes may load it
+            partial.write_bytes(content)
+        write_text(checksum, f"{hashlib.sha256(content).hexdigest()}  {library.name}\n")
     return library
+
+
+def _is_as_built(library: Path, checksum: Path) -> bool:
+    try:
+        content = read_bytes(library, max_bytes=MAX_LIBRARY_BYTES)
+        expected = read_bytes(checksum, max_bytes=MAX_LIBRARY_BYTES)
+    except OSError:
+        return False
+    return expected[:64] == hashlib.sha256(content).hexdigest().encode()
 
 
 # Convolutions -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from vaejax import terminal
 from vaejax.data import batches as data
 from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError, VaejaxError
+from vaejax.files import printable
 from vaejax.metrics import read_lines
 from vaejax.priors import Prior
 from vaejax.system import format_duration, versions
@@ -241,11 +242,11 @@ def _warn_of_versions(newest: checkpoint.Checkpoint) -> None:
     saved, present = newest.versions, versions()
     other = [f"{n} {saved.get(n)} → {present[n]}" for n in present if saved.get(n) != present[n]]
     if other:
-        print(
+        text = (
             f"warning: saved with other versions ({', '.join(other)}): the end may differ in its "
-            "last bits from that of a run that nothing interrupted",
-            file=sys.stderr,
+            "last bits from that of a run that nothing interrupted"
         )
+        print(printable(text), file=sys.stderr)
 
 
 def _compile(options: Options, arrays: Arrays) -> TrainStep:

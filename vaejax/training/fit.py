@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from vaejax import terminal
@@ -12,7 +13,7 @@ from vaejax.data import batches as data
 from vaejax.data.faces import Crop, crop_from_flags
 from vaejax.data.labels import read_labels
 from vaejax.data.prepare import find_prepared, prepare
-from vaejax.data.records import read_dataset_report
+from vaejax.data.records import enclosing_set, read_dataset_report
 from vaejax.data.sources import drawn_faces, drawn_labels
 from vaejax.errors import UserError
 from vaejax.priors import require_mixture_fits
@@ -151,6 +152,11 @@ def _refuse_run_among_images(out: Path, source: Path) -> None:
             f"the run's folder would lie in {source}, and its pictures among the images to train "
             "on: name an --out elsewhere, or start from another folder"
         )
+    if prepared := enclosing_set(out):
+        raise UserError(
+            f"the run's folder would lie in {prepared}, which is a prepared data set: name an "
+            "--out elsewhere"
+        )
 
 
 def _print_plan(
@@ -170,7 +176,8 @@ def _print_plan(
         if prepared is None:
             raise UserError(
                 f"how much can be trained in {recipe.minutes:g} minutes is measured on prepared "
-                f"images: `vaejax prepare {source} --size {recipe.model.size}` prepares them"
+                f"images: `vaejax prepare {quote(str(source))} --size {recipe.model.size}` "
+                "prepares them"
             )
         some, held_out = (data.Images(prepared, split) for split in ("train", "validation"))
         elapsed = time.monotonic() - began

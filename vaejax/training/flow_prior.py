@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from vaejax.data import batches as data
 from vaejax.data.batches import Images
 from vaejax.data.labels import NO_LABELS, Labels, parse_condition, read_labels
 from vaejax.errors import CheckpointError, UserError
+from vaejax.files import printable
 from vaejax.priors import FlowPrior
 from vaejax.training import checkpoint, run
 from vaejax.training import devices as dev
@@ -68,7 +70,7 @@ def load(loaded: run.LoadedRun, *, steps: int, condition: str = "") -> FlowPrior
     Raises UserError unless it is complete and of these weights, CheckpointError if it is damaged.
     """
     folder, digest = flow_folder(loaded.folder), loaded.weights.digest
-    again = f"`vaejax fit-prior {loaded.folder}` fits one"
+    again = f"`vaejax fit-prior {quote(str(loaded.folder))}` fits one"
     if not checkpoint.steps(folder):
         raise UserError(f"{loaded.folder} has no flow as its prior yet: {again}")
 
@@ -310,7 +312,7 @@ def _resumable(folder: Path, spec: RunSpec) -> list | None:
         if not differences(RunSpec.from_json(newest.spec), spec):
             return [str(newest.path), *newest[1:]]
     except (CheckpointError, ValueError) as error:
-        print(f"warning: {error}; the flow is trained anew", file=sys.stderr)
+        print(printable(f"warning: {error}; the flow is trained anew"), file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     return None
 

@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from vaejax.data.batches import Images
-from vaejax.files import atomic
+from vaejax.files import atomic, open_to_append
 from vaejax.metrics import read_lines
 from vaejax.models import autoencoder
 from vaejax.priors import Prior
@@ -269,7 +269,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, step: int, validated: bool = True):
         self.path = folder / "metrics.jsonl"
         kept = self._drop_after(step, validated)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = open_to_append(self.path)
         self._unwritten = bytearray()
         self._board = _Board(folder / "tensorboard", step=step)
         for line in kept:  # TensorBoard drops all of `step`, that of validation as well

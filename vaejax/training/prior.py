@@ -8,9 +8,11 @@ Either belongs to the weights that it was fitted to, and is used with no others.
 
 import sys
 import time
+from shlex import quote
 
 from vaejax import priors
 from vaejax.errors import CheckpointError, UserError
+from vaejax.files import printable
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.priors import GaussianMixture, Prior, StandardNormal
@@ -38,7 +40,7 @@ def load(
     if condition and name != "flow":
         raise UserError(
             f"--condition {condition}: only a flow draws faces with some attributes. `vaejax "
-            f"fit-prior {loaded.folder} --labels FILE.csv` fits one"
+            f"fit-prior {quote(str(loaded.folder))} --labels FILE.csv` fits one"
         )
     if name == "normal":
         if not autoencoder.is_variational(model):
@@ -69,7 +71,8 @@ def default_name(loaded: run.LoadedRun) -> priors.PriorName:
         flow_prior.load(loaded, steps=1)
     except (UserError, CheckpointError) as error:
         if autoencoder.is_variational(loaded.model):
-            print(f"warning: {error}. New faces are drawn from N(0, I)", file=sys.stderr)
+            text = f"warning: {error}. New faces are drawn from N(0, I)"
+            print(printable(text), file=sys.stderr)
             return "normal"
     return "flow"
 
