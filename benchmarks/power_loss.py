@@ -261,7 +261,10 @@ def _choices(
     for _ in range(extra):
         yield (
             [one for one in every if chance.random() < 0.5],
-            {file: chance.choice([*v, _half(v[-1]), _zeros(v[-1])]) for file, v in contents.items()},
+            {
+                file: chance.choice([*v, _half(v[-1]), _zeros(v[-1])])
+                for file, v in contents.items()
+            },
         )
 
 

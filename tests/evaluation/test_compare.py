@@ -90,7 +90,9 @@ def test_the_commands_evaluate_and_compare_two_runs(
     assert "metrics of features are left out" in out
     assert "bits_per_dim" in out
     page = (tmp_path / "compare.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * (len(tables.CAPTIONS) - 2)  # no mixture, no flow
+    assert page.count("data:image/png;base64,") == 2 * (
+        len(tables.CAPTIONS) - 2
+    )  # no mixture, no flow
     assert "http" not in page.replace("<!doctype html>", "")  # it loads nothing
     assert all(f'<td class="">{n}</td>' in page for n in ("bits_per_dim", "psnr", "mmd"))
 
@@ -198,7 +200,10 @@ def test_the_page_shows_pixels_and_nothing_else_of_a_stranger_s_files(
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[0]))), pixels)
     assert page.count("left out, it is a link") == 0  # it is `inside` that tells
     for reason in ("rates.png is a link", "it is not a regular file", "it has more than"):
-        assert f"left out, {reason}" in page or f"left out, {place.relative_to(folder)}/{reason}" in page
+        assert (
+            f"left out, {reason}" in page
+            or f"left out, {place.relative_to(folder)}/{reason}" in page
+        )
 
 
 def test_a_folder_of_pictures_is_not_another_one(written: Path, tmp_path: Path):
