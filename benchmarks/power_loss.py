@@ -23,14 +23,16 @@ import shutil
 import sys
 import tempfile
 import threading
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vaejax import losses
 from vaejax.errors import CheckpointError
@@ -48,6 +50,7 @@ RECIPE = Recipe(
     learning_rate=1e-3,
 )
 SAVES, KEPT = 3, 2
+OTHERS = bytes(byte ^ 0xA5 for byte in range(256))
 ROOT = 0  # the number of the recorded folder
 
 
@@ -277,7 +280,7 @@ def _zeros(content: bytes) -> bytes:
 
 
 def _others(content: bytes) -> bytes:
-    return bytes(byte ^ 0xA5 for byte in content)
+    return content.translate(OTHERS)
 
 
 def _folders(operations: Sequence[Operation]) -> set[int]:
@@ -330,22 +333,29 @@ def _disk(
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def record_saves(folder: Path, count: int = SAVES) -> tuple[Recorder, list[int], list[str]]:
-    """Save so many checkpoints into a run's folder.
+@cache
+def like() -> step.TrainState:
+    """Return the shapes of the state."""
+    begin = partial(step.init, trainer=RECIPE.trainer(updates=SAVES))
+    return jax.eval_shape(begin, jax.random.key(0))
+
+
+def record_saves(
+    folder: Path, count: int = SAVES, *, keep: int = KEPT
+) -> tuple[Recorder, list[int], list[str]]:
+    """Save so many checkpoints into a run's folder, of which the newest are kept.
 
     Returns what was recorded; for each number of saves, after how many operations it had returned;
     and the digests of the states.
     """
-    begin = partial(step.init, trainer=RECIPE.trainer(updates=SAVES))
     folder.mkdir()
     recorder = Recorder(folder)
     returned, digests = [0], [""]
     for number in range(1, count + 1):
-        state = begin(jax.random.key(number))
-        state = state._replace(step=state.step + number)
+        state = jax.tree.map(lambda leaf, n=number: jnp.full(leaf.shape, n, leaf.dtype), like())
         position = {"epoch": number}
         with recorder.recording():
-            checkpoint.save(folder, state, position, spec={"number": number}, keep=KEPT)
+            checkpoint.save(folder, state, position, spec={"number": number}, keep=keep)
         returned.append(len(recorder.operations))
         digests.append(checkpoint.digest(state, position))
     return recorder, returned, digests
@@ -354,20 +364,22 @@ def record_saves(folder: Path, count: int = SAVES) -> tuple[Recorder, list[int],
 OUTCOMES = ("the newest", "the one before", "none yet", "garbage", "lost")
 
 
+def saved_and_begun(returned: Sequence[int], after: int) -> tuple[int, int]:
+    """Return how many saves had returned, and how many had begun, after so many operations."""
+    return bisect_right(returned, after) - 1, bisect_left(returned, after)
+
+
 class Restorer:
     """Restores from states of a disk, and judges what comes of it."""
 
     def __init__(self, place: Path, returned: Sequence[int], digests: Sequence[str]):
         self._place, self._returned, self._digests = place, returned, digests
         self._restored: dict[str, str] = {}  # digests, by what lies in the checkpoint's folder
-        begin = partial(step.init, trainer=RECIPE.trainer(updates=SAVES))
-        self._like = jax.eval_shape(begin, jax.random.key(0))
         self._sharding = devices.replicated(devices.choose(1))
 
     def outcome(self, state: State) -> tuple[str, bool]:
         """Return one of OUTCOMES, and whether any checkpoint is there in part, under its name."""
-        saved = max(n for n, after in enumerate(self._returned) if after <= state.after)
-        begun = min(saved + 1, len(self._returned) - 1)
+        saved, begun = saved_and_begun(self._returned, state.after)
         shutil.rmtree(self._place, ignore_errors=True)
         state.disk.write(self._place)
         in_part = not all(map(self._is_whole, checkpoint.steps(self._place)))
@@ -395,7 +407,7 @@ class Restorer:
         key = _sum({str(f.relative_to(found.path)): f.read_bytes() for f in _files(found.path)})
         if key not in self._restored:
             try:
-                restored = checkpoint.restore(found, self._like, sharding=self._sharding)
+                restored = checkpoint.restore(found, like(), sharding=self._sharding)
                 self._restored[key] = checkpoint.digest(*restored)
             except CheckpointError:
                 self._restored[key] = "an error"
@@ -428,11 +440,10 @@ def measure(folder: Path, *, saves: int, extra: int, seed: int) -> Result:
     recorder, returned, digests = record_saves(folder / "run", saves)
     restorer = Restorer(folder / "state", returned, digests)
     outcomes, in_part = Counter(dict.fromkeys(OUTCOMES, 0)), 0
-    seen: set[tuple[int, str]] = set()
+    seen = set()
     chance = random.Random(seed)
     for state in states(recorder.before, recorder.operations, extra=extra, chance=chance):
-        saved = sum(after <= state.after for after in returned)  # by which it is judged
-        key = saved, _sum(state.disk.tree())
+        key = saved_and_begun(returned, state.after), _sum(state.disk.tree())
         if key not in seen:
             seen.add(key)
             outcome, partly = restorer.outcome(state)

@@ -164,6 +164,10 @@ def strange(written: Path, folder: Path) -> Path:
     return Path(shutil.copytree(written, folder))
 
 
+def pictures_folder(folder: Path) -> Path:
+    return folder / json.loads((folder / "evaluation.json").read_text())["pictures"]
+
+
 def pictures_of(page: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall('data:image/png;base64,([^"]*)"', page)]
 
