@@ -210,6 +210,17 @@ def test_the_page_shows_pixels_and_nothing_else_of_a_stranger_s_files(
         )
 
 
+def test_the_pictures_of_an_older_evaluation_are_shown(written: Path, tmp_path: Path):
+    folder = strange(written, tmp_path / "a")
+    expected = pictures_of(page_of(folder))
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for picture in (folder / evaluation.pop("pictures")).iterdir():
+        picture.rename(folder / "evaluation" / picture.name)
+    path.write_text(json.dumps(evaluation))
+    assert pictures_of(page_of(folder)) == expected
+
+
 def test_a_folder_of_pictures_is_not_another_one(written: Path, tmp_path: Path):
     folder = strange(written, tmp_path / "a")
     (folder / "evaluation").rename(tmp_path / "mine")
