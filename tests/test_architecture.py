@@ -34,8 +34,7 @@ ALLOWED = {
     "generate": {"data", "losses", "models", "priors"},
     "export": {
         "distributions", "errors", "files", "flow", "kernels", "metrics", "models", "priors",
-        "system",
-        "__init__",
+        "system", "__init__",
     },
     "training": {
         "cache", "data", "errors", "export", "files", "flow", "generate", "kernels", "losses",

@@ -323,19 +323,25 @@ def export(command: Export) -> None:
 
 
 def evaluate(command: Evaluate) -> None:
-    """Evaluate a run; write its tables and pictures, and print the tables."""
+    """Evaluate a run; print its tables, and write them and pictures into its folder."""
     require_counts(command, "samples", "bound_images", "bound_samples")
     if not 0 <= command.seed < 2**32 - 1:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967294")
-    from vaejax.evaluation import features, tables
-    from vaejax.evaluation.evaluate import EvaluationConfig, load_run
-    from vaejax.evaluation.evaluate import evaluate as evaluate_run
-    from vaejax.training import devices, run, visualize
+    from vaejax.training import devices, run
 
     devices.configure()
     folder = run.find(command.run)
     run.refuse_unwritable(folder)
-    run.refuse_links(folder)
+    with run.evaluating(folder):
+        _evaluate(command, folder)
+
+
+def _evaluate(command: Evaluate, folder: Path) -> None:
+    from vaejax.evaluation import features, tables
+    from vaejax.evaluation.evaluate import EvaluationConfig, load_run
+    from vaejax.evaluation.evaluate import evaluate as evaluate_run
+    from vaejax.training import run, visualize
+
     trained_run = load_run(folder, command.split, prior=command.prior)
     network, missing = None, ""
     try:
@@ -355,10 +361,13 @@ def evaluate(command: Evaluate) -> None:
         seed=command.seed,
     )
     evaluation = evaluate_run(trained_run, config, network, missing_features=missing)
-    tables.write(folder, evaluation)
+    try:
+        print_lines(tables.to_text(evaluation.json, terminal.width(sys.stdout)))
+        sys.stdout.flush()
+    finally:  # also if nobody reads the table, or its disk is full
+        tables.write(folder, evaluation)
     if status := run.last_status(folder):
         visualize.write_readme(folder, run.read_spec(folder), status)
-    print_lines(tables.to_text(evaluation.json, terminal.width(sys.stdout)))
     print(f"With pictures: {folder / 'evaluation.md'}")
 
 
@@ -435,7 +444,7 @@ def print_lines(lines: Sequence[str]) -> None:
     """Print lines that hold texts from files, which may be a stranger's."""
     from vaejax.files import printable
 
-    for line in lines:
+    for line in "\n".join(lines).split("\n"):
         print(printable(line))
 
 

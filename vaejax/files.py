@@ -149,7 +149,7 @@ def atomic(path: Path) -> Iterator[Path]:
     place. This process holds a lock on it, which the kernel releases when the process dies: a later
     call for the same path deletes unlocked leftovers.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _delete_leftovers(path)
     partial, descriptor = _new_file(path)
     try:
@@ -229,8 +229,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any, *, indent: int = 1) -> None:
     """Write a JSON file atomically. Raises ValueError for NaN and infinity, which JSON has not."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    write_text(path, f"{text}\n")
+    write_text(path, json_text(value, indent=indent))
+
+
+def json_text(value: Any, *, indent: int = 1) -> str:
+    """Return the content of a JSON file. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fsync(path: Path | str) -> None:
@@ -245,6 +249,18 @@ def fsync(path: Path | str) -> None:
 # Folders ------------------------------------------------------------------------------------------
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where there are none, and flush their names to the disk.
+
+    Without it a power cut could take all that was written into them since.
+    """
+    above = [folder, *folder.parents]
+    missing = [place for place in above if not os.path.lexists(place)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        fsync(place.parent)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill, and rename it to `folder` when the block succeeds.
@@ -257,7 +273,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         _delete_abandoned(folder.parent)
         partial, lock = _new_locked(folder.parent)
     except OSError as error:
@@ -326,6 +342,7 @@ def _rename(partial: Path, folder: Path) -> None:
     """Rename onto nothing or an empty folder; a folder that holds a file stays as it is."""
     try:
         os.rename(partial, folder)
+        fsync(folder.parent)
     except OSError as error:
         if os.path.isdir(folder) and os.listdir(folder):
             raise FileExistsError(printable(folder)) from None

@@ -98,7 +98,9 @@ def test_the_commands_evaluate_and_compare_two_runs(
     assert "metrics of features are left out" in out
     assert "bits_per_dim" in out
     page = (tmp_path / "compare.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * (len(tables.CAPTIONS) - 1)  # no mixture
+    assert page.count("data:image/png;base64,") == 2 * (
+        len(tables.CAPTIONS) - 2
+    )  # no mixture, no flow
     assert "http" not in page.replace("<!doctype html>", "")  # it loads nothing
     assert all(f'<td class="">{n}</td>' in page for n in ("bits_per_dim", "psnr", "mmd"))
 
@@ -128,6 +130,8 @@ def test_damaged_evaluations_and_those_of_another_version_are_refused(
         {**complete, "features": "VGG16"},
         {**complete, "features": {"name": 3}},
         {**complete, "compared_faces": "all"},
+        {**complete, "pictures": "../samples"},
+        {**complete, "pictures": 3},
         {**complete, "metrics": {"mse": 3}},
         {**complete, "metrics": {"mse": {"value": None, "error": None}}},
         [],
@@ -168,6 +172,10 @@ def strange(written: Path, folder: Path) -> Path:
     return Path(shutil.copytree(written, folder))
 
 
+def pictures_folder(folder: Path) -> Path:
+    return folder / json.loads((folder / "evaluation.json").read_text())["pictures"]
+
+
 def pictures_of(page: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall('data:image/png;base64,([^"]*)"', page)]
 
@@ -181,7 +189,7 @@ def test_the_page_shows_pixels_and_nothing_else_of_a_stranger_s_files(
     written: Path, tmp_path: Path
 ):
     folder = strange(written, tmp_path / "a")
-    place = folder / "evaluation"
+    place = pictures_folder(folder)
     expected = len(pictures_of(page_of(folder)))
     secret = tmp_path / "key"
     secret.write_bytes((place / "nearest.png").read_bytes() + b"secret key")  # a PNG by its start
@@ -204,7 +212,21 @@ def test_the_page_shows_pixels_and_nothing_else_of_a_stranger_s_files(
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[0]))), pixels)
     assert page.count("left out, it is a link") == 0  # it is `inside` that tells
     for reason in ("rates.png is a link", "it is not a regular file", "it has more than"):
-        assert f"left out, {reason}" in page or f"left out, evaluation/{reason}" in page
+        assert (
+            f"left out, {reason}" in page
+            or f"left out, {place.relative_to(folder)}/{reason}" in page
+        )
+
+
+def test_the_pictures_of_an_older_evaluation_are_shown(written: Path, tmp_path: Path):
+    folder = strange(written, tmp_path / "a")
+    expected = pictures_of(page_of(folder))
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for picture in (folder / evaluation.pop("pictures")).iterdir():
+        picture.rename(folder / "evaluation" / picture.name)
+    path.write_text(json.dumps(evaluation))
+    assert pictures_of(page_of(folder)) == expected
 
 
 def test_a_folder_of_pictures_is_not_another_one(written: Path, tmp_path: Path):
@@ -218,7 +240,7 @@ def test_a_folder_of_pictures_is_not_another_one(written: Path, tmp_path: Path):
 def test_what_is_no_picture_is_left_out_of_the_page(content: bytes, written: Path, tmp_path: Path):
     folder = strange(written, tmp_path / "a")
     expected = len(pictures_of(page_of(folder)))
-    (folder / "evaluation" / "rates.png").write_bytes(content)
+    (pictures_folder(folder) / "rates.png").write_bytes(content)
     assert len(pictures_of(page_of(folder))) == expected - 1
 
 

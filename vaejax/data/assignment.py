@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from vaejax.cache import cache_folder
 from vaejax.data import records
 from vaejax.data.batches import Images
 from vaejax.data.duplicates import hash_pixels
@@ -40,7 +41,7 @@ from vaejax.data.splits import (
     person_id,
 )
 from vaejax.errors import UserError
-from vaejax.files import atomic, atomic_folder, cache_folder, printable, write_json
+from vaejax.files import atomic, atomic_folder, printable, write_json
 
 FILE = "splits.npz"  # in a run's folder
 
@@ -251,7 +252,7 @@ def _copy(prepared: Path, splits: Sequence[str]) -> Path:
     """Copy a prepared set into the cache, with other splits, unless that was done before."""
     name = re.sub(r"[^\w.-]+", "_", printable(prepared.name))[:60]
     digest = _digest({"source": _source(prepared), "splits": list(splits)})
-    folder = cache_folder() / "prepared" / f"{name}-split-{digest[:8]}"
+    folder = cache_folder() / f"prepared/{name}-split-{digest[:8]}"
     if records.is_prepared(folder):
         records.check(folder)
         return folder

@@ -1,6 +1,7 @@
 """Evaluated runs side by side: tables for the terminal, and an HTML page with their pictures."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -32,6 +33,7 @@ FEATURE_METRICS = (
     *SET_METRICS, *GAPS, "nearest_features", "nearest_person", "memorized_features",
     "memorized_person", "persons",
 )  # fmt: skip
+PICTURES = f"{tables.FOLDER}(/{tables.OWN_FOLDER.pattern})?"
 
 
 class EvaluatedRun(NamedTuple):
@@ -63,7 +65,8 @@ def read_run(name: str) -> EvaluatedRun:
             f"{printable(path)} cannot be read: {error}. `vaejax evaluate {quote(name)}` writes it "
             "again"
         ) from None
-    return EvaluatedRun(name, folder, run.read_spec(folder), {**evaluation, "run": name})
+    evaluation = {"pictures": tables.FOLDER, **evaluation, "run": name}
+    return EvaluatedRun(name, folder, run.read_spec(folder), evaluation)
 
 
 def _is_of_other_version(evaluation: Any) -> bool:
@@ -85,6 +88,8 @@ def _check(evaluation: Any) -> None:
     features = evaluation["features"] or {"name": "", "weights": ""}
     if not all(isinstance(features.get(field), str) for field in ("name", "weights")):
         raise ValueError('its "features" have no name')
+    if not re.fullmatch(PICTURES, str(evaluation.get("pictures", tables.FOLDER))):
+        raise ValueError(f'its "pictures" are not in {tables.FOLDER}')
     for name, estimate in evaluation["metrics"].items():
         if not isinstance(estimate, dict) or not _is_estimate(estimate):
             raise ValueError(f"its metric {name[:40]!r} has no value")
@@ -224,7 +229,7 @@ def page(
         *_row(_card(r) for r in runs),
     ]
     for name, caption in tables.CAPTIONS.items():
-        if any((r.folder / tables.FOLDER / name).exists() for r in runs):
+        if any((r.folder / r.evaluation["pictures"] / name).exists() for r in runs):
             parts += [f"<h2>{escape(caption)}</h2>", *_row(_picture(r, name) for r in runs)]
     for table in tables.tables(evaluations):
         parts += tables.to_html(table, [best(row[0], evaluations) for row in table.rows])
@@ -262,7 +267,7 @@ def _picture(evaluated: EvaluatedRun, name: str) -> str:
     """
     label = escape(evaluated.name)
     try:
-        path = inside(evaluated.folder, f"{tables.FOLDER}/{name}")
+        path = inside(evaluated.folder, f"{evaluated.evaluation['pictures']}/{name}")
         picture = np.asarray(read_png(path).convert("RGB"))
     except FileNotFoundError:
         return f"<figure><figcaption>{label}: none</figcaption></figure>"

@@ -1,24 +1,33 @@
 """Tables of evaluations as text, Markdown and HTML, and the files of an evaluation."""
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaejax import pictures, plots, terminal
+from vaejax.errors import StorageError, VaejaxError
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
-from vaejax.files import write_json, write_text
+from vaejax.files import atomic, atomic_folder, fsync, json_text, write_text
 from vaejax.metrics import MEMORIZATION, METRICS, MISSING, Direction, Metric, format_estimate
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
 from vaejax.training.run import refuse_links
 
-FOLDER = "evaluation"  # of the pictures, in the run's folder
+# The pictures lie in the run's folder, those of each evaluation in a folder of their own, which its
+# JSON names: in older evaluations it is this one.
+FOLDER = "evaluation"
+OWN_FOLDER = re.compile("[0-9a-f]{8}")
 
 CAPTIONS = {
     "samples_normal.png": "Samples from N(0, I)",
     "samples_mixture.png": "Samples from the Gaussian mixture that is fitted to the latents",
+    "samples_flow.png": "Samples from the flow that is trained on the latents",
     "reconstructions.png": "Held-out faces (above) and their reconstructions (below)",
     "worst_and_best.png": "The ten worst reconstructions by PSNR, and the ten best",
     "nearest.png": "The samples that lie nearest to a training face; below, their nearest training "
@@ -169,28 +178,79 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation into its run's folder. Raises UserError if that leads elsewhere."""
+    """Write an evaluation into its run's folder, and delete the pictures of earlier ones.
+
+    The renaming of evaluation.json puts the new evaluation in the place of the old one. The
+    pictures are complete by then, in a folder that no earlier evaluation names; the old ones are
+    deleted when nothing shows them any more. A file that cannot be written does not keep the others
+    from being written.
+
+    Raises UserError if the run's folder leads elsewhere, and StorageError, with the reason for
+    each, if files could not be written.
+    """
     refuse_links(folder)
-    draw(folder / FOLDER, evaluation.pictures)
-    write_json(folder / "evaluation.json", evaluation.json)
-    write_text(
-        folder / "evaluation.md", "\n".join(evaluation_markdown(folder, evaluation.json)) + "\n"
-    )
+    content = {**evaluation.json, "pictures": f"{FOLDER}/{secrets.token_hex(4)}"}
+    failures: list[str] = []
+    path = folder / "evaluation.json"
+    with _told(path, failures):
+        with atomic(path) as partial:
+            partial.write_text(json_text(content), encoding="utf-8")
+            fsync(partial)  # it has its place on the disk before the pictures, which need more
+            _draw(folder / content["pictures"], evaluation.pictures, failures)
+        path = folder / "evaluation.md"
+        with _told(path, failures):
+            write_text(path, "\n".join(evaluation_markdown(folder, content)) + "\n")
+    if failures:
+        raise StorageError(f"not everything could be written: {'; '.join(failures)}")
+    _delete_earlier(folder, content["pictures"])
 
 
-def draw(folder: Path, arrays: Pictures) -> None:
-    """Write the pictures as PNG files into a folder."""
+@contextmanager
+def _told(path: Path, failures: list[str]) -> Iterator[None]:
+    """Add the file and the reason to `failures` if it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        failures.append(f"{path}: {error.strerror or error}")
+    except VaejaxError as error:
+        failures.append(f"{path}: {error}")
+
+
+def _draw(folder: Path, arrays: Pictures, failures: list[str]) -> None:
+    """Write the pictures into a new folder, without those that cannot be written."""
+    with _told(folder, failures), atomic_folder(folder) as partial:
+        for name, draw in drawings(arrays).items():
+            with _told(folder / name, failures):
+                draw(partial / name)
+
+
+def drawings(arrays: Pictures) -> dict[str, Callable[[Path], None]]:
+    """Return functions that write the pictures as PNG files, by the names of the files."""
+
+    def png(picture: pictures.Picture) -> Callable[[Path], None]:
+        return lambda path: pictures.save_png(path, picture)
+
     columns = len(arrays.worst_and_best[0]) // 2
-    worst_and_best = pictures.stack_rows(arrays.worst_and_best, columns=columns)
-    pictures.save_png(folder / "worst_and_best.png", worst_and_best)
-    pictures.save_png(folder / "reconstructions.png", pictures.stack_rows(arrays.reconstructions))
+    found = {
+        "worst_and_best.png": png(pictures.stack_rows(arrays.worst_and_best, columns=columns)),
+        "reconstructions.png": png(pictures.stack_rows(arrays.reconstructions)),
+    }
     for prior, faces in arrays.samples.items():
-        grid = pictures.grid(faces, columns=FACES_IN_ROW)
-        pictures.save_png(folder / f"samples_{prior}.png", grid)
+        found[f"samples_{prior}.png"] = png(pictures.grid(faces, columns=FACES_IN_ROW))
     if arrays.nearest is not None:
-        pictures.save_png(folder / "nearest.png", pictures.stack_rows(arrays.nearest))
-    if arrays.rate_per_dimension is not None:
-        plots.rates(arrays.rate_per_dimension, folder / "rates.png")
+        found["nearest.png"] = png(pictures.stack_rows(arrays.nearest))
+    if (rates := arrays.rate_per_dimension) is not None:
+        found["rates.png"] = lambda path: plots.rates(rates, path)
+    return found
+
+
+def _delete_earlier(folder: Path, present: str) -> None:
+    for path in (folder / FOLDER).iterdir():
+        if OWN_FOLDER.fullmatch(path.name) and path != folder / present:
+            shutil.rmtree(path, ignore_errors=True)  # which deletes nothing behind a link
+        elif path.name in CAPTIONS:  # of an older version of vaejax
+            with suppress(OSError):
+                path.unlink()
 
 
 def evaluation_markdown(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
@@ -200,7 +260,8 @@ def evaluation_markdown(folder: Path, evaluation: Mapping[str, Any]) -> list[str
         lines += [f"## {title}", "", *to_markdown(head, rows), ""]
     for note in notes(evaluation):
         lines += [note, ""]
+    place = evaluation["pictures"]
     for name, caption in CAPTIONS.items():
-        if (folder / FOLDER / name).exists():
-            lines += [f"![{caption}]({FOLDER}/{name})", "", f"*{caption}*", ""]
+        if (folder / place / name).exists():
+            lines += [f"![{caption}]({place}/{name})", "", f"*{caption}*", ""]
     return lines

@@ -116,6 +116,9 @@ def save(
         # random, so that nobody can have put a link in its place
         partial_path = final.with_name(devices.broadcast(lambda: partial_name(final.name)))
         try:
+            if devices.is_first():
+                final.parent.mkdir(exist_ok=True)
+                fsync(run)  # with the folder of the first checkpoint, a power cut would take it
             with _quiet():
                 arguments = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(position))
@@ -147,10 +150,14 @@ def save(
 def _delete_old(run: Path, step: int, *, keep: int) -> None:
     # what is newer, or has no manifest, was put there by somebody else
     older = [n for n in steps(run) if n < step and (path(run, n) / MANIFEST).is_file()]
+    doomed = []
     for old in older[: max(0, len(older) - (keep - 1))]:
-        doomed = path(run, old).with_name(partial_name(path(run, old).name))
-        os.rename(path(run, old), doomed)  # so that a kill leaves no half of it
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.append(path(run, old).with_name(partial_name(path(run, old).name)))
+        os.rename(path(run, old), doomed[-1])  # so that a kill leaves no half of it
+    if doomed:
+        fsync(run / FOLDER)  # nor a power cut, which could undo the renaming
+    for folder in doomed:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_unfinished(run: Path) -> None:

@@ -17,6 +17,7 @@ from vaejax.data.records import enclosing_set
 from vaejax.errors import CheckpointError, StorageError, UserError
 from vaejax.files import (
     PARTIAL,
+    make_folder,
     open_regular,
     open_to_append,
     printable,
@@ -31,6 +32,7 @@ from vaejax.training.config import OtherVersion, RunSpec, differences
 
 ROOT = Path("runs")
 LOCK = "run.lock"
+EVALUATION_LOCK = "evaluation.lock"  # another, so that a run is evaluated while it trains
 # A run writes into these folders, and appends to these files. A link in their place would let it
 # write, and delete, elsewhere. What else it writes replaces whatever has that name.
 FOLDERS = (
@@ -39,7 +41,7 @@ FOLDERS = (
 )
 FLOW_FOLDERS = ("priors/flow", *(f"priors/flow/{name}" for name in FOLDERS))
 PICTURES = ("faces.png", "nearest.png", "curves.png")
-APPENDED = (LOCK, "metrics.jsonl", "log.txt", "priors/flow/metrics.jsonl")
+APPENDED = (LOCK, EVALUATION_LOCK, "metrics.jsonl", "log.txt", "priors/flow/metrics.jsonl")
 
 
 # Finding a run ------------------------------------------------------------------------------------
@@ -396,25 +398,50 @@ def locked(folder: Path) -> Iterator[None]:
     takes nothing.
     """
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+    with _lock(
+        folder,
+        LOCK,
+        busy="is already being trained by {}: wait for it, or name another --out",
+        mend="name an --out on another disk",
+    ):
+        yield
+
+
+@contextmanager
+def evaluating(folder: Path) -> Iterator[None]:
+    """Keep every other process from evaluating the run; it may be trained meanwhile.
+
+    Raises as `locked` does.
+    """
+    with _lock(
+        folder,
+        EVALUATION_LOCK,
+        busy="is already being evaluated by {}: wait for it",
+        mend="evaluate a copy of the run on another disk",
+    ):
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, name: str, *, busy: str, mend: str) -> Iterator[None]:
+    with storage_errors(folder):
         refuse_links(folder)
-        file = open_to_append(folder / LOCK)
+        file = open_to_append(folder / name)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = file.read(200).decode(errors="replace").strip()
-            raise UserError(
-                f"{folder} is already being trained by {owner}: wait for it, or name another --out"
-            ) from None
+            raise UserError(f"{folder} {busy.format(owner)}") from None
         except OSError as error:
             raise UserError(
                 f"{folder}: files cannot be locked there ({error.strerror}), and without it two "
-                "runs could write over each other: name an --out on another disk"
+                f"processes could write over each other: {mend}"
             ) from None
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        with storage_errors(folder / LOCK):
+        with storage_errors(folder / name):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         yield
