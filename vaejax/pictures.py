@@ -1,4 +1,4 @@
-"""Pictures made of images, PNG files, and films as MP4 and GIF.
+"""Pictures made of images, with or without labels, PNG files, and films as MP4 and GIF.
 
 Images are uint8 arrays `[n h w c]`, a picture is one `[height width c]`. Files are written
 atomically.
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,15 +19,20 @@ from typing import IO
 import imageio_ffmpeg
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vaejax.files import atomic
 
 Images = UInt8[np.ndarray, "n h w c"]
 Picture = UInt8[np.ndarray, "H W c"]
 
+GAP = 2  # pixels between images, and around them
+FONT_SIZE = 12  # pixels, of labels
+LABELLED_SIZE = 64  # pixels, at least, of an image that has a label
+LOOP_RATE = 25  # frames a second, whose duration a GIF can express
 
-def grid(images: Images, *, columns: int, gap: int = 2, background: int = 255) -> Picture:
+
+def grid(images: Images, *, columns: int, gap: int = GAP, background: int = 255) -> Picture:
     """Arrange images in rows of `columns`, in reading order and `gap` pixels apart.
 
     The end of an incomplete last row has the color of the background.
@@ -70,6 +75,39 @@ def shrink(images: Images, size: int) -> UInt8[np.ndarray, "n s s c"]:
     )
 
 
+def enlarge(images: Images, factor: int) -> UInt8[np.ndarray, "n H W c"]:
+    """Enlarge images so many times: every pixel becomes a square."""
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def labelled_rows(
+    rows: Sequence[Images], labels: Sequence[str], *, headings: Sequence[str] = ()
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Arrange RGB images in rows, each with its label at the left, and headings above the columns.
+
+    The rows have equal lengths. Images of less than 64 pixels are enlarged, so that headings find
+    room.
+    """
+    h = rows[0].shape[1]
+    rows = [enlarge(row, -(-LABELLED_SIZE // h)) for row in rows]
+    images, columns = np.concatenate(rows), len(rows[0])
+    font = ImageFont.load_default(FONT_SIZE)
+    left = round(max(map(font.getlength, labels))) + 4 * GAP
+    top = FONT_SIZE + 3 * GAP if headings else 0
+    picture = grid(images, columns=columns)
+    sheet = Image.new("RGB", (left + picture.shape[1], top + picture.shape[0]), "white")
+    sheet.paste(Image.fromarray(picture), (left, top))
+    draw = ImageDraw.Draw(sheet)
+    height, width = (side + GAP for side in images.shape[1:3])
+    for i, label in enumerate(labels):
+        where = (left - GAP, top + GAP + i * height + (height - GAP) / 2)
+        draw.text(where, label, fill="black", font=font, anchor="rm")
+    for i, heading in enumerate(headings):
+        where = (left + GAP + i * width + (width - GAP) / 2, top)
+        draw.text(where, heading, fill="black", font=font, anchor="md")
+    return np.asarray(sheet)
+
+
 def save_png(path: Path, picture: Picture) -> None:
     """Write a picture as a PNG file. Raises OSError if it cannot be written."""
     with atomic(path) as partial:
@@ -104,6 +142,23 @@ def film(
     rate = min(max(len(frames) / seconds, 2.0), 25.0)  # frames a second
     _write_mp4(mp4, frames, size=size, rate=rate)
     _write_gif(gif, frames, rate=rate)
+
+
+def loop(path: Path, frames: Iterable[Picture]) -> None:
+    """Write RGB pictures of equal size as a film that begins again at its end, 25 a second.
+
+    It is a GIF if the name ends so, otherwise an MP4. Each frame goes to ffmpeg as it comes.
+
+    Raises OSError if the file cannot be written.
+    """
+    frames = iter(frames)
+    first = next(frames)
+    size = first.shape[1], first.shape[0]
+    codec = GIF if path.suffix.lower() == ".gif" else MP4
+    with atomic(path) as partial, _ffmpeg(partial, size=size, rate=LOOP_RATE, codec=codec) as pipe:
+        pipe.write(first.tobytes())
+        for frame in frames:
+            pipe.write(frame.tobytes())
 
 
 def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int, int]]:
@@ -162,9 +217,20 @@ def _write_gif(path: Path, frames: Sequence[Path], *, rate: float) -> None:
         )
 
 
+# yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
+MP4 = ("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p")
+MP4 += ("-vcodec", "libx264", "-crf", "10")
+# a palette of each frame, so that none has to wait for the last one; without dithering, whose noise
+# would flicker
+GIF = ("-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none")
+GIF += ("-loop", "0")
+
+
 @contextmanager
-def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[bytes]]:
-    """Yield a pipe that encodes raw RGB frames of a size (width, height) as an MP4 file.
+def _ffmpeg(
+    path: Path, *, size: tuple[int, int], rate: float, codec: Sequence[str] = MP4
+) -> Iterator[IO[bytes]]:
+    """Yield a pipe that encodes raw RGB frames of a size (width, height) as a film.
 
     `imageio_ffmpeg.write_frames` starts the same process, but does not report its exit status nor
     its messages: on a full disk it leaves a truncated file and raises nothing. It also forks
@@ -175,9 +241,7 @@ def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[by
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}"]
     command += ["-r", str(Fraction(rate).limit_denominator(1000)), "-i", "-", "-an"]
-    # yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
-    command += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
-    command += ["-vcodec", "libx264", "-crf", "10", str(path)]
+    command += [*codec, str(path)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
