@@ -76,35 +76,44 @@ def shrink(images: Images, size: int) -> UInt8[np.ndarray, "n s s c"]:
 
 
 def enlarge(images: Images, factor: int) -> UInt8[np.ndarray, "n H W c"]:
-    """Enlarge images so many times: every pixel becomes a square."""
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+    """Enlarge images so many times, smoothly; a factor of 1 leaves them as they are."""
+    if factor == 1:
+        return images
+    size, cubic = tuple(factor * side for side in images.shape[2:0:-1]), Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, cubic)) for image in images])
 
 
 def labelled_rows(
-    rows: Sequence[Images], labels: Sequence[str], *, headings: Sequence[str] = ()
+    rows: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    headings: Sequence[str] = (),
+    columns: int = 10,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Arrange RGB images in rows, each with its label at the left, and headings above the columns.
 
-    The rows have equal lengths. Images of less than 64 pixels are enlarged, so that headings find
-    room.
+    The rows have equal lengths; they are divided as `stack_rows` does, where there are no headings.
+    Images of less than 64 pixels are enlarged, so that headings find room.
     """
-    h = rows[0].shape[1]
-    rows = [enlarge(row, -(-LABELLED_SIZE // h)) for row in rows]
-    images, columns = np.concatenate(rows), len(rows[0])
+    factor = -(-LABELLED_SIZE // rows[0].shape[1])
+    picture = stack_rows(
+        [enlarge(row, factor) for row in rows], columns=len(rows[0]) if headings else columns
+    )
+    height, width = (factor * side + GAP for side in rows[0].shape[1:3])
     font = ImageFont.load_default(FONT_SIZE)
     left = round(max(map(font.getlength, labels))) + 4 * GAP
     top = FONT_SIZE + 3 * GAP if headings else 0
-    picture = grid(images, columns=columns)
     sheet = Image.new("RGB", (left + picture.shape[1], top + picture.shape[0]), "white")
     sheet.paste(Image.fromarray(picture), (left, top))
     draw = ImageDraw.Draw(sheet)
-    height, width = (side + GAP for side in images.shape[1:3])
-    for i, label in enumerate(labels):
-        where = (left - GAP, top + GAP + i * height + (height - GAP) / 2)
-        draw.text(where, label, fill="black", font=font, anchor="rm")
+    group = len(rows) * height + GAP
+    for first in range(0, picture.shape[0], group):
+        for i, label in enumerate(labels):
+            middle = top + first + GAP + i * height + (height - GAP) / 2
+            draw.text((left - GAP, middle), label, fill="black", font=font, anchor="rm")
     for i, heading in enumerate(headings):
-        where = (left + GAP + i * width + (width - GAP) / 2, top)
-        draw.text(where, heading, fill="black", font=font, anchor="md")
+        middle = left + GAP + i * width + (width - GAP) / 2
+        draw.text((middle, top), heading, fill="black", font=font, anchor="md")
     return np.asarray(sheet)
 
 
