@@ -20,6 +20,7 @@ ALLOWED = {
     "kernels": {"files", "system"},
     "metrics": set(),
     "nearest": {"metrics"},
+    "latent": set(),
     "pictures": {"files"},
     "plots": {"files", "metrics"},
     "data": {"errors", "files", "pictures"},
@@ -30,8 +31,8 @@ ALLOWED = {
     "priors": {"errors", "files", "flow", "models"},
     "generate": {"data", "losses", "models", "priors"},
     "training": {
-        "data", "errors", "files", "flow", "generate", "kernels", "losses", "metrics", "models",
-        "nearest", "pictures", "plots", "priors", "system",
+        "data", "errors", "files", "flow", "generate", "kernels", "latent", "losses", "metrics",
+        "models", "nearest", "pictures", "plots", "priors", "system",
     },
     "recipes": {"losses", "models", "training"},
     "evaluation": {
@@ -46,13 +47,17 @@ ALLOWED = {
         "data", "doctor", "errors", "evaluation", "files", "generate", "models", "pictures",
         "training",
     },
-    "cli": {"commands", "errors", "files", "training"},
+    "latent_commands": {
+        "commands", "data", "errors", "evaluation", "generate", "latent", "models", "nearest",
+        "pictures", "priors", "training",
+    },
+    "cli": {"commands", "errors", "files", "latent_commands", "training"},
 }  # fmt: skip
 # which packages stay behind which door
 DOORS = {
     "flax": {"flow.py", "models"},
     "orbax": {"training/checkpoint.py"},
-    "tyro": {"cli.py", "commands.py"},
+    "tyro": {"cli.py", "commands.py", "latent_commands.py"},
     "tensorflow_datasets": {"data"},
     "apache_beam": {"data/beam.py"},
     "cv2": {"data"},

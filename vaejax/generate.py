@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
@@ -36,7 +37,7 @@ def decode_vectors(
     for first in range(0, len(vectors), batch_size):
         part = vectors[first : first + batch_size]
         padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)), mode="edge")
-        decoded = decode(params, batch_stats, unravel(padded), model=model)
+        decoded = decode(params, batch_stats, unravel(jnp.asarray(padded)), model=model)
         faces.append(np.asarray(decoded)[: len(part)])
     return np.concatenate(faces)
 

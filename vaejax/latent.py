@@ -30,17 +30,18 @@ def slerp(start: Vectors, end: Vectors, t: Float[np.ndarray, " n"]) -> Vectors:
 
     Shoemake (1985), section 3.3; of latents White (2016). Points between draws of a normal
     distribution have the length that draws have, where a straight line comes too near to the mean.
-    Parallel and opposite vectors are interpolated linearly.
+    Parallel and opposite vectors, and those of no length, are interpolated linearly.
     """
-    lengths = np.linalg.norm(start, axis=1) * np.linalg.norm(end, axis=1)
-    cosine = np.sum(start * end, axis=1) / np.maximum(lengths, np.finfo(start.dtype).tiny)
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.where(lengths > 0, np.sum(a * b, axis=1) / np.where(lengths > 0, lengths, 1), 1)
     angle = np.arccos(np.clip(cosine, -1, 1))
     sine = np.sin(angle)
     curved = sine > PARALLEL
     safe = np.where(curved, sine, 1)
-    a = np.where(curved, np.sin((1 - t) * angle) / safe, 1 - t)
-    b = np.where(curved, np.sin(t * angle) / safe, t)
-    return (a[:, None] * start + b[:, None] * end).astype(start.dtype)
+    from_start = np.where(curved, np.sin((1 - t) * angle) / safe, 1 - t)
+    from_end = np.where(curved, np.sin(t * angle) / safe, t)
+    return (from_start[:, None] * a + from_end[:, None] * b).astype(start.dtype)
 
 
 def along(stops: Float[np.ndarray, "k d"], positions: Float[np.ndarray, " n"]) -> Vectors:
@@ -82,7 +83,8 @@ def principal_components(z: Vectors) -> Components:
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, None], axis=1)
     vectors = vectors * np.where(largest < 0, -1, 1)
     total = float(np.sum(values**2) / (len(z) - 1))
-    return Components(*(a.astype(np.float32) for a in (mean, vectors, stds)), total)
+    mean, vectors, stds = (array.astype(np.float32) for array in (mean, vectors, stds))
+    return Components(mean, vectors, stds, total)
 
 
 # Attributes ---------------------------------------------------------------------------------------

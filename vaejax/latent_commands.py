@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 PriorFlag = Literal["normal", "mixture", "flow"] | None
 
-FILMS = (".mp4", ".gif")
 FRAMES, FILM_FRAMES = 8, 30  # in a row of a strip; of a film, from a face to the next one
 MAX_FACES, MAX_CELLS = 10_000, 64  # of a strip; of a grid
-FILM_SIDE, FILM_WIDTH = 256, 1024  # pixels to which faces are enlarged, as far as the film admits
+FILM_SIDE = 256  # pixels to which faces are enlarged
+FILM_WIDTHS = {".mp4": 1024, ".gif": 512}  # pixels of a film, as far as enlarged faces admit
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations: the columns of a traversal
 HELD_OUT = 1000  # faces whose distances say how near a new face lies
 
@@ -102,7 +102,7 @@ def interpolate(command: Interpolate) -> None:
     """Write a strip, or a film, of the faces between faces."""
     seeds = _seeds_to_walk(command)
     columns, rows = _parse_grid(command.grid)
-    is_film = command.out.suffix.lower() in FILMS
+    is_film = command.out.suffix.lower() in FILM_WIDTHS
     _refuse_no_walk(command, stops=len(seeds) or len(command.images), cells=columns * rows)
     import numpy as np
 
@@ -120,12 +120,21 @@ def interpolate(command: Interpolate) -> None:
         return
     walks = stops.reshape(columns * rows, -1, stops.shape[1])
     frames = command.frames or FILM_FRAMES * walks.shape[1]
-    pictures.loop(command.out, _film(loaded, walks, to_vectors, frames=frames, columns=columns))
+    side = min(FILM_SIDE, FILM_WIDTHS[command.out.suffix.lower()] // columns)
+    factor = max(1, side // loaded.model.size)
+    film = _film(loaded, walks, to_vectors, frames=frames, columns=columns, factor=factor)
+    pictures.loop(command.out, film)
     print(f"{frames} frames through {walks.shape[1]} faces, {words}: {command.out}")
 
 
 def _film(
-    loaded: Any, walks: Any, to_vectors: Callable[[Any], Any], *, frames: int, columns: int
+    loaded: Any,
+    walks: Any,
+    to_vectors: Callable[[Any], Any],
+    *,
+    frames: int,
+    columns: int,
+    factor: int,
 ) -> Iterator[Any]:
     """Yield the frames of walks `[cells k d]` side by side, which end where they began."""
     import numpy as np
@@ -135,8 +144,6 @@ def _film(
 
     cells, count = walks.shape[:2]
     block = max(1, generate.BATCH // cells)  # frames that are drawn at a time
-    size = loaded.model.size
-    factor = max(1, min(FILM_SIDE, FILM_WIDTH // columns) // size)
     for first in range(0, frames, block):
         positions = np.arange(first, min(first + block, frames)) * count / frames
         points = np.stack([along(walk, positions) for walk in walks], axis=1)
@@ -162,7 +169,7 @@ def _refuse_no_walk(command: Interpolate, *, stops: int, cells: int) -> None:
     """Raise UserError for a walk that cannot be drawn as it is described."""
     require_counts(command, "frames")
     _refuse_no_picture_or_film(command.out)
-    is_film = command.out.suffix.lower() in FILMS
+    is_film = command.out.suffix.lower() in FILM_WIDTHS
     if cells > 1 and not is_film:
         raise UserError(f"--grid {command.grid} is of films: --out {command.out} is a strip")
     each, rest = divmod(stops, cells)
@@ -188,10 +195,10 @@ def _parse_grid(text: str) -> tuple[int, int]:
 
 
 def _refuse_no_picture_or_film(path: Path) -> None:
-    if path.suffix.lower() not in (".png", *FILMS):
+    if path.suffix.lower() not in (".png", *FILM_WIDTHS):
         raise UserError(f"--out {path}: its name must end in .png, .mp4 or .gif")
     # the same rules for the folder and for what lies there
-    refuse_no_picture(path if path.suffix.lower() not in FILMS else path.with_suffix(".png"))
+    refuse_no_picture(path if path.suffix.lower() not in FILM_WIDTHS else path.with_suffix(".png"))
 
 
 def _space(
@@ -202,6 +209,7 @@ def _space(
     It is the noise of the prior; of a prior that makes z of no noise, and without a prior, z from
     the mean of the training faces.
     """
+    import jax.numpy as jnp
     import numpy as np
 
     from vaejax.priors import NoisePrior, flatten_latents
@@ -213,7 +221,7 @@ def _space(
         words = f"in the noise of the {prior.name} prior"
         return (
             np.asarray(known),
-            lambda noise: np.asarray(flatten_latents(prior.from_noise(noise))),
+            lambda noise: np.asarray(flatten_latents(prior.from_noise(jnp.asarray(noise)))),
             words,
         )
     from vaejax.training import directions
@@ -251,7 +259,7 @@ def traverse(command: Traverse) -> None:
     faces = _decode(loaded, (start + steps * moves[:, None]).reshape(-1, moves.shape[1]))
     shares = 100 * components.stds**2 / components.total
     sheet = pictures.labelled_rows(
-        faces.reshape(count, len(STEPS), *faces.shape[1:]),
+        list(faces.reshape(count, len(STEPS), *faces.shape[1:])),
         [f"{i + 1}: {shares[i]:.2g} %" for i in range(count)],
         headings=[f"{step:+} std" if step else "0" for step in STEPS],
     )
@@ -442,7 +450,7 @@ def _nearest_table(
             distance = sets["faces"].distances[i]
             nearer = np.mean(sets["held_out"].distances < distance)
             line += f"  {distance:20.4f}  {100 * nearer:13.0f} %"
-            files.append(training.metadata(sets["faces"].indices[i])["path"])
+            files.append(training.metadata(int(sets["faces"].indices[i]))["path"])
         yield f"{line}  {', '.join(files)}"
 
 

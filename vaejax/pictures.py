@@ -29,7 +29,7 @@ Picture = UInt8[np.ndarray, "H W c"]
 GAP = 2  # pixels between images, and around them
 FONT_SIZE = 12  # pixels, of labels
 LABELLED_SIZE = 64  # pixels, at least, of an image that has a label
-LOOP_RATE = 25  # frames a second, whose duration a GIF can express
+LOOP_RATE = 25.0  # frames a second, whose duration a GIF can express
 
 
 def grid(images: Images, *, columns: int, gap: int = GAP, background: int = 255) -> Picture:
@@ -101,7 +101,7 @@ def labelled_rows(
     )
     height, width = (factor * side + GAP for side in rows[0].shape[1:3])
     font = ImageFont.load_default(FONT_SIZE)
-    left = round(max(map(font.getlength, labels))) + 4 * GAP
+    left = round(max(map(font.getlength, labels))) + 5 * GAP
     top = FONT_SIZE + 3 * GAP if headings else 0
     sheet = Image.new("RGB", (left + picture.shape[1], top + picture.shape[0]), "white")
     sheet.paste(Image.fromarray(picture), (left, top))
@@ -110,7 +110,7 @@ def labelled_rows(
     for first in range(0, picture.shape[0], group):
         for i, label in enumerate(labels):
             middle = top + first + GAP + i * height + (height - GAP) / 2
-            draw.text((left - GAP, middle), label, fill="black", font=font, anchor="rm")
+            draw.text((left - 2 * GAP, middle), label, fill="black", font=font, anchor="rm")
     for i, heading in enumerate(headings):
         middle = left + GAP + i * width + (width - GAP) / 2
         draw.text((middle, top), heading, fill="black", font=font, anchor="md")

@@ -99,9 +99,8 @@ def load(loaded: run.LoadedRun) -> Directions:
         p = len(found.get("values", ()))
         one = dict.fromkeys(("attributes", "values", "auc", "offsets", "stds"), (p,))
         if _fits(found, {**one, "weights": (p, latents), "effects": (p, latents)}):
-            texts = (tuple(map(str, found[name])) for name in ("attributes", "values"))
-            numbers = (found[name] for name in Directions._fields[2:])
-            return Directions(*texts, *numbers)
+            texts = {name: tuple(map(str, found[name])) for name in ("attributes", "values")}
+            return Directions(**{**found, **texts})
     path = default_labels(loaded)
     if path is None:
         raise UserError(
