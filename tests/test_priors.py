@@ -332,8 +332,8 @@ def test_what_makes_z_of_noise_can_tell_the_noise_of_z(prior: Prior):
         noise = prior.noise([3, 1])
         z = prior.from_noise(noise)
         assert equal(z, prior.sample([3, 1]))
-        np.testing.assert_allclose(prior.to_noise(z), noise, atol=0.1)  # of three steps
-        assert np.abs(priors.flatten_latents(z) - noise).max() > 0.3 or prior.name == "normal"
+        np.testing.assert_allclose(prior.to_noise(z), noise, atol=0.25)  # of three steps
+        assert np.abs(priors.flatten_latents(z) - noise).max() > 0.5 or prior.name == "normal"
 
 
 @each_prior
