@@ -22,6 +22,7 @@ ALLOWED = {
     "kernels": {"cache", "files", "system"},
     "metrics": {"files"},
     "nearest": {"metrics"},
+    "latent": set(),
     "pictures": {"files"},
     "plots": {"files", "metrics"},
     "data": {"cache", "errors", "files", "pictures"},
@@ -37,8 +38,9 @@ ALLOWED = {
         "system", "__init__",
     },
     "training": {
-        "cache", "data", "errors", "export", "files", "flow", "generate", "kernels", "losses",
-        "metrics", "models", "nearest", "pictures", "plots", "priors", "system", "terminal",
+        "cache", "data", "errors", "export", "files", "flow", "generate", "kernels", "latent",
+        "losses", "metrics", "models", "nearest", "pictures", "plots", "priors", "system",
+        "terminal",
     },
     "recipes": {"losses", "models", "training"},
     "evaluation": {
@@ -53,13 +55,17 @@ ALLOWED = {
         "data", "doctor", "errors", "evaluation", "files", "generate", "models", "pictures",
         "terminal", "training",
     },
-    "cli": {"commands", "errors", "files", "training"},
+    "latent_commands": {
+        "commands", "data", "errors", "evaluation", "generate", "latent", "models", "nearest",
+        "pictures", "priors", "training",
+    },
+    "cli": {"commands", "errors", "files", "latent_commands", "training"},
 }  # fmt: skip
 # which packages stay behind which door
 DOORS = {
     "flax": {"flow.py", "models"},
     "orbax": {"training/checkpoint.py"},
-    "tyro": {"cli.py", "commands.py"},
+    "tyro": {"cli.py", "commands.py", "latent_commands.py"},
     "tensorflow_datasets": {"data"},
     "apache_beam": {"data/beam.py"},
     "cv2": {"data"},
