@@ -391,6 +391,9 @@ def test_pictures_and_pages_are_not_written_among_data(
             assert words in capsys.readouterr().err
         assert before == (place.read_bytes() if place.exists() else None)
     assert vaejax("sample", str(own), f"--out={own}/new.png", monkeypatch=monkeypatch) == 0
+    for place in (data / "export", own / "samples" / "export"):
+        with pytest.raises(UserError, match=r"prepared data set|what the run"):
+            publish.refuse_used(place)
     with pytest.raises(UserError, match="which is a prepared data set"):
         train(faces, data / "run", VAE(size=16), partial(losses.mse_kl, kl_weight=0.01))
 

@@ -35,7 +35,8 @@ def exported(loaded: run.LoadedRun) -> export.Exported:
         if autoencoder.is_variational(loaded.model):
             raise
         if name != "normal":
-            print(f"warning: {error}. It is exported without a prior", file=sys.stderr)
+            text = f"warning: {error}. It is exported without a prior"
+            print(printable(text), file=sys.stderr)
         chosen = None
     attributes = flow_prior.attributes(loaded) if name == "flow" and chosen else {}
     weights = loaded.weights
@@ -90,8 +91,10 @@ def _is_estimate(metric: Any) -> bool:
 
 
 def refuse_used(out: Path) -> None:
-    """Raise UserError unless an export can be written there: in a new or an empty folder."""
+    """Raise UserError unless an export can be written there: in a new or an empty folder, and not
+    in a prepared data set, nor among what a run keeps."""
     run.refuse_unwritable(out)
+    run.refuse_output(out, inputs=[])
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {printable(out)} is not empty: name a new folder, or an empty one")
 
