@@ -1,7 +1,7 @@
 """Cut the power at every moment of saving checkpoints, and restore from what a disk may then hold.
 
     python benchmarks/power_loss.py
-    python benchmarks/power_loss.py --random 100 --seed 1 --json power_loss.json
+    python benchmarks/power_loss.py --random 200 --seed 1 --json power_loss.json
 
 Three checkpoints of a small state are saved, two are kept, and every change of a file and of a
 folder is recorded. A file system keeps for certain what was flushed (fsync): the content of a file
@@ -439,8 +439,7 @@ def measure(folder: Path, *, saves: int, extra: int, seed: int) -> Result:
     """Record saves in a folder, and restore from every state of the disk, from equal ones once."""
     recorder, returned, digests = record_saves(folder / "run", saves)
     restorer = Restorer(folder / "state", returned, digests)
-    outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
-    in_part = 0
+    outcomes, in_part = Counter[str](dict.fromkeys(OUTCOMES, 0)), 0
     seen = set()
     chance = random.Random(seed)
     for state in states(recorder.before, recorder.operations, extra=extra, chance=chance):
@@ -456,7 +455,7 @@ def measure(folder: Path, *, saves: int, extra: int, seed: int) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what is restored after a power cut?")
-    parser.add_argument("--random", type=int, default=5, help="random states for each flush")
+    parser.add_argument("--random", type=int, default=40, help="random states for each flush")
     parser.add_argument("--seed", type=int, default=0, help="of the random states")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     options = parser.parse_args()

@@ -19,8 +19,8 @@ from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
 from vaejax.training.run import refuse_links
 
-# The pictures lie in the run's folder, those of each evaluation in a folder of their own, which its
-# JSON names: in older evaluations it is this one.
+# Of the pictures, in the run's folder. Those of each evaluation lie in a folder of their own in it,
+# which its JSON names, so that they are complete when the JSON appears.
 FOLDER = "evaluation"
 OWN_FOLDER = re.compile("[0-9a-f]{8}")
 
