@@ -18,16 +18,16 @@ import numpy as np
 from vaejax import generate
 from vaejax.data.batches import Images
 from vaejax.data.labels import read_labels
-from vaejax.evaluation import features
+from vaejax.evaluation import features, passes
 from vaejax.evaluation.set_metrics import frechet_distance, moments, precision_recall
 from vaejax.latent import Directions, ridge, slerp
 from vaejax.priors import NoisePrior, flatten_latents
 from vaejax.training import devices, directions, prior, run
 
 BATCH = 100
-FACES = 100  # that are moved towards each value
+FACES = 25  # that are moved towards each value
 SURE = 0.8  # share of held-out faces whose value the judge must tell, to be a judge of it
-AMOUNTS = (2, 3, 4)  # standard deviations
+AMOUNTS = (2, 4)  # standard deviations
 
 
 def main() -> None:
@@ -36,11 +36,13 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--labels", type=Path)
     parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--only-directions", action="store_true")
     flags = parser.parse_args()
     devices.configure()
     loaded = run.load(run.find(flags.run))
     network = features.vgg16(loaded.model.size)
-    print_paths(loaded, network, flags.pairs)
+    if not flags.only_directions:
+        print_paths(loaded, network, flags.pairs)
     labels = flags.labels or directions.default_labels(loaded)
     if labels:
         print_directions(loaded, network, labels)
@@ -50,7 +52,11 @@ def decode(loaded: run.LoadedRun, z: np.ndarray) -> np.ndarray:
     """Decode latents that are vectors."""
     weights = loaded.weights
     return generate.decode_vectors(
-        weights.params, weights.batch_stats, np.asarray(z, np.float32), model=loaded.model
+        weights.params,
+        weights.batch_stats,
+        np.asarray(z, np.float32),
+        model=loaded.model,
+        batch_size=min(BATCH, len(z)),
     )
 
 
@@ -99,9 +105,9 @@ class Judge:
         self._network, self._rows = network, {a: found.rows(a) for a in found.attributes}
         self.attributes: list[str] = []
 
-    def fit(self, images: list[Images], numbers: list[np.ndarray]) -> None:
-        """Fit the probes to the first split; keep the attributes that they tell in the second."""
-        seen = [self._features(split.read(np.arange(len(split)))) for split in images]
+    def fit(self, seen: list[np.ndarray], numbers: list[np.ndarray]) -> None:
+        """Fit the probes to features of training images; keep the attributes that they tell in
+        held-out ones."""
         one_hot = np.concatenate(
             [np.eye(len(rows))[numbers[0][:, i] - 1] for i, rows in enumerate(self._rows.values())],
             axis=1,
@@ -114,16 +120,13 @@ class Judge:
             if np.mean(read[name] == np.asarray(rows)[numbers[1][:, i] - 1]) > SURE
         ]
 
-    def _features(self, faces: np.ndarray) -> np.ndarray:
-        return self._network.of(faces, batch_size=BATCH)
-
     def _read(self, seen: np.ndarray) -> dict[str, np.ndarray]:
         scores = seen @ self._weights + self._offsets
         return {a: np.asarray(r)[scores[:, r].argmax(axis=1)] for a, r in self._rows.items()}
 
     def read(self, faces: np.ndarray) -> dict[str, np.ndarray]:
         """Return the row of each attribute's value in each face."""
-        read = self._read(self._features(faces))
+        read = self._read(self._network.of(faces, batch_size=FACES))
         return {name: read[name] for name in self.attributes}
 
 
@@ -135,7 +138,13 @@ def print_directions(loaded: run.LoadedRun, network: features.Features, path: Pa
     ]
     numbers = [labels.of(i.metadata(n)["path"] for n in range(len(i))) for i in images]
     judge = Judge(network, found)
-    judge.fit(images, numbers)
+    prepared = Path(loaded.spec.schedule.prepared)
+    held_out = images[1].read(np.arange(len(images[1])))
+    seen = [
+        passes.training_features(prepared, network, loaded.model),
+        network.of(held_out, batch_size=FACES),
+    ]
+    judge.fit(seen, numbers)
     weights = loaded.weights
     z = generate.posterior_means(
         weights.params, weights.batch_stats, images[0], model=loaded.model, most=len(numbers[0])
@@ -145,8 +154,10 @@ def print_directions(loaded: run.LoadedRun, network: features.Features, path: Pa
         for value, row in enumerate(found.rows(attribute), 1):
             others = np.flatnonzero(numbers[0][:, column] != value)[:FACES]
             if attribute in judge.attributes and found.encoded()[row]:
+                before = judge.read(decode(loaded, z[others]))
                 for name, moved in edits(found, z, row):
-                    score = judged(judge, loaded, (z[others], moved(z[others])), (attribute, row))
+                    after = judge.read(decode(loaded, moved(z[others])))
+                    score = judged(before, after, attribute, row)
                     results.setdefault(name, []).append(score)
     print(f"\nJudged: {', '.join(judge.attributes)}; {len(next(iter(results.values())))} values\n")
     print("| direction | the value is there | another attribute has changed |\n|---|---|---|")
@@ -173,15 +184,10 @@ def edits(found: Directions, z: np.ndarray, row: int) -> Iterator[tuple[str, Mov
 
 
 def judged(
-    judge: Judge,
-    loaded: run.LoadedRun,
-    before_and_after: tuple[np.ndarray, np.ndarray],
-    target: tuple[str, int],
+    before: dict[str, np.ndarray], after: dict[str, np.ndarray], attribute: str, row: int
 ) -> tuple[float, float]:
     """Return the share of faces that have the value, and of other attributes that changed."""
-    before, after = (judge.read(decode(loaded, z)) for z in before_and_after)
-    attribute, row = target
-    changed = [np.mean(before[a] != after[a]) for a in judge.attributes if a != attribute]
+    changed = [np.mean(before[a] != after[a]) for a in before if a != attribute]
     return float(np.mean(after[attribute] == row)), float(np.mean(changed))
 
 

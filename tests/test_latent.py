@@ -159,6 +159,18 @@ def test_the_direction_of_a_planted_attribute_is_found_and_no_other(directions, 
     assert cosine(means[1] - means[0], planted) < 0.98 < cosine(found, planted)
 
 
+def test_scores_are_probabilities_and_effects_cancel_over_all_faces(directions, faces):
+    shares = np.concatenate(
+        [np.mean(faces.numbers[:, i, None] == np.arange(1, len(v) + 1), axis=0)
+         for i, v in enumerate(ATTRIBUTES.values())]
+    )  # fmt: skip
+    scores = faces.z @ directions.weights.T + directions.offsets
+    np.testing.assert_allclose(scores.mean(axis=0), shares, atol=1e-3)
+    for attribute in ATTRIBUTES:
+        rows = directions.rows(attribute)
+        np.testing.assert_allclose(shares[rows] @ directions.effects[rows], 0, atol=1e-4)
+
+
 def test_a_step_is_a_standard_deviation_of_the_latents_along_a_direction(directions, faces):
     step = directions.step(1)
     along_it = faces.z @ step / np.linalg.norm(step)
@@ -199,11 +211,13 @@ def test_faces_of_unknown_value_move_no_direction(faces, effects):
 
 
 def test_few_faces_with_a_value_are_too_few_to_judge():
-    z, numbers = vectors(100, 3), np.ones((100, 1), int)
-    numbers[:5] = 2
-    found = fit_directions(
-        {"hat": ["no", "yes"]}, principal_components(z), (z, numbers), (z, numbers)
-    )
-    assert np.isnan(found.auc).all()
+    z, few, enough = vectors(100, 3), np.ones((100, 1), int), np.ones((100, 1), int)
+    few[:9], enough[:10] = 2, 2
+    for training, held_out, judged in ((few, enough, 0), (enough, few, 0), (enough, enough, 2)):
+        found = fit_directions(
+            {"hat": ["no", "yes"]}, principal_components(z), (z, training), (z, held_out)
+        )
+        assert np.isfinite(found.auc).sum() == judged
+    found = found._replace(auc=np.full(2, np.nan, np.float32))
     assert not found.encoded().any()
     assert np.isfinite(found.effects).all()
