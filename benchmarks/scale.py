@@ -151,10 +151,12 @@ def write_set(folder: Path, count: int, *, many_files: bool) -> None:
     first, *others = (
         data / f"faces-train.array_record-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))
     )
-    records.write_records(first, (examples[i % len(examples)] for i in range(lengths[0])))
+    examples = (examples[i % len(examples)] for i in range(lengths[0]))
+    records.write_records(first, examples, size=size)
     for other in others:
         other.hardlink_to(first)
-    train = records.split_info(data, split="train", lengths=lengths)
+        Path(f"{other}.index").hardlink_to(f"{first}.index")
+    train = records.finish_split(data, split="train", lengths=lengths)
     records.write_metadata(data, size=size, splits=[train])
     report = {"format": records.FORMAT, "source": "", "size": size, "accepted": count}
     report = records.seal({**report, "fingerprint": "", "listing": ""}, folder)

@@ -111,7 +111,7 @@ class Beam:
         for file in Path(faces.data_dir).glob("*.array_record-*"):
             file.rename(folder / file.name)
         shutil.rmtree(faces.data_dir)  # or TFDS would take the next split for prepared
-        return records.split_info(folder, split=split, lengths=lengths)
+        return records.finish_split(folder, split=split, lengths=lengths)
 
     def check(self) -> None:
         """Raise UserError if there is no such runner, or it does not accept these options."""
@@ -269,7 +269,7 @@ class Faces(tfds.core.ShardBasedBuilder):
         return {self._split: [partial(_examples, plan, self._size) for plan in self._plans]}
 
     def _example_writer(self) -> ExampleWriter:
-        return _Writer(FileFormat.ARRAY_RECORD)
+        return _Writer(self._size)
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -280,9 +280,15 @@ class _Info(tfds.core.DatasetInfo):
 class _Writer(ExampleWriter):
     """Writes the files that `records.write_records` writes: those of TFDS are compressed."""
 
+    def __init__(self, size: int):
+        super().__init__(FileFormat.ARRAY_RECORD)
+        self._size = size
+
     def write(self, path: Any, examples: Iterable[Any]) -> None:
         with _unshared(path) as partial:
-            records.write_records(partial, (example for _, example in examples))
+            serialized = (example for _, example in examples)
+            records.write_records(partial, serialized, size=self._size)
+            os.replace(f"{partial}.index", f"{os.fspath(path)}.index")
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:

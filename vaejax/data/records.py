@@ -4,6 +4,7 @@
     contact_sheet.png    64 of the images
     faces_sheet.png      where faces were detected, if the images were cropped to them
     records/             read by `tfds.builder_from_directory`: no TensorFlow, nothing to decode
+    index/               of each split, where the pixels of its images lie in those files: `pixels`
 
 TFDS's features serialize the records and its `write_metadata` describes them. Its own
 `GeneratorBasedBuilder` holds a split of up to 1 GB in memory and fails beyond that if TensorFlow is
@@ -11,25 +12,28 @@ not installed. On Apache Beam a TFDS builder writes the records: `beam.py`.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import UInt8
 
+from vaejax.data import pixels
 from vaejax.errors import UserError
 from vaejax.files import printable, read_json
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # its import takes half a second, which few commands need
+    from array_record.python.array_record_module import ArrayRecordReader
 
 REPORT = "dataset_report.json"
-FORMAT = "vaejax prepared set 3"  # raise the number when older sets can no longer be read
+FORMAT = "vaejax prepared set 4"  # raise the number when older sets can no longer be read
 
 _REPORTS = (REPORT, "report.json")  # the latter up to format 2
 _ANY_FORMAT = re.compile(r"vaejax prepared set \d+")
@@ -126,7 +130,7 @@ def check(prepared: Path) -> dict[str, Any]:
     """Read the report of a prepared set, and compare the files with it.
 
     Raises UserError if a file is missing or has another length, or if metadata have changed.
-    Records have checksums of their own, which are checked when they are read.
+    Records and pixels have checksums of their own, which are compared when they are read.
     """
     report = read_dataset_report(prepared)
     for name, size in report["files"].items():
@@ -139,6 +143,66 @@ def check(prepared: Path) -> dict[str, Any]:
         if _sha256(Path(prepared) / name) != digest:
             raise damaged(prepared, f"{printable(name)} is not as it was written")
     return report
+
+
+class RecordFile(NamedTuple):
+    """A file of records of a split, and their number."""
+
+    path: Path
+    count: int
+
+
+def record_files(prepared: Path, split: str) -> list[RecordFile]:
+    """Return the files of a split in their order, as TFDS would, without TFDS.
+
+    Raises UserError if it is no prepared set, or a damaged one.
+    """
+    check(prepared)
+    folder = Path(prepared) / "records"
+    try:
+        splits = read_json(folder / "dataset_info.json")["splits"]
+        (lengths,) = (each["shardLengths"] for each in splits if each["name"] == split)
+        counts = [int(length) for length in lengths]
+        if min(counts) < 0:
+            raise ValueError("a negative number of records")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise damaged(prepared, "its metadata cannot be used") from None
+    of = f"of-{len(counts):05}"
+    return [
+        RecordFile(folder / f"faces-{split}.array_record-{number:05}-{of}", count)
+        for number, count in enumerate(counts)
+    ]
+
+
+def read_index(prepared: Path, split: str, images: int) -> pixels.Index:
+    """Open the index of a split of so many images. Raises UserError if it is damaged."""
+    name = f"index/{split}"
+    try:
+        index = pixels.Index(Path(prepared) / name)
+    except (OSError, ValueError):
+        raise damaged(prepared, f"{name} cannot be read") from None
+    if len(index) != images:
+        raise damaged(prepared, f"{name} is of {len(index):,} images, not of {images:,}")
+    return index
+
+
+def read_metadata(file: "ArrayRecordReader", position: int) -> Metadata:
+    """Read what is known of an image from its record.
+
+    Raises RuntimeError, IndexError or ValueError if the record is damaged.
+    """
+    # As a range of one: for a list of positions ArrayRecord (0.8) fills a table as long as the file
+    example = _texts().deserialize_example_np(file.read(position, position + 1)[0])
+    return Metadata(**{name: value.decode() for name, value in example.items()})
+
+
+@functools.cache
+def _texts() -> "tfds.features.FeaturesDict":
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {name: tfds.features.Text() for name in Metadata.__annotations__}
+    )
 
 
 def damaged(prepared: Path, what: str) -> UserError:
@@ -170,12 +234,15 @@ def write_split(
     """Write one split, record by record; memory does not grow with their number."""
     path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
     serialize = features(size).serialize_example
-    count = write_records(path, (serialize(dict(example)) for example in examples))
-    return split_info(folder, split=split, lengths=[count])
+    count = write_records(path, (serialize(dict(example)) for example in examples), size=size)
+    return finish_split(folder, split=split, lengths=[count])
 
 
-def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> int:
-    """Write a file of serialized records, and return their number. Raises OSError."""
+def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes], *, size: int) -> int:
+    """Write a file of serialized records, and the index of its pixels, `path`.index.
+
+    Returns their number. Raises OSError.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # One record a group, so that reading one does not unpack its neighbours; uncompressed, because
@@ -190,15 +257,26 @@ def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes]) -> 
         writer.close()
     except RuntimeError as error:  # which it raises for a full disk
         raise OSError(errno.EIO, str(error)) from None
+    pixels.locate(path, size).tofile(f"{os.fspath(path)}.index")
     return count
 
 
-def split_info(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.SplitInfo":
-    """Return TFDS's description of a split: one file in `folder` for each number of records."""
+def finish_split(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.SplitInfo":
+    """Join the indices of a split's files, one in `folder` for each number of records, into one.
+
+    Returns TFDS's description of the split.
+    """
     import tensorflow_datasets as tfds
 
     template = _template(folder)
     paths = template.replace(split=split).sharded_filepaths(num_shards=len(lengths))
+    index = folder.with_name("index")
+    index.mkdir(exist_ok=True)
+    with (index / split).open("wb") as joined:
+        for path in paths:
+            part = Path(f"{os.fspath(path)}.index")
+            joined.write(part.read_bytes())
+            part.unlink()
     return tfds.core.SplitInfo(
         name=split,
         shard_lengths=lengths,
