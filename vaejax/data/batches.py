@@ -66,7 +66,7 @@ class Images:
             return self._read_of_file(0, indices).reshape(-1, *self.shape)
         images = np.empty((len(indices), *self.shape), np.uint8)
         numbers = np.searchsorted(self._ends, indices, side="right")
-        for number in np.unique(numbers):
+        for number in np.unique(numbers).tolist():
             rows = numbers == number
             images[rows] = self._read_of_file(number, indices[rows]).reshape(-1, *self.shape)
         return images

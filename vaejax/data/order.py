@@ -14,6 +14,7 @@ from jaxtyping import Int, Integer, UInt32
 
 _ROUNDS = 4
 _MIN_BITS = 16  # of a block: below that grain's authors saw patterns
+_FEW = 1024  # images: so few of the block's numbers are among them that NumPy's calls are too many
 _AT_A_TIME = 8192  # images: NumPy's overhead of a call is then small beside the work
 
 
@@ -48,12 +49,15 @@ class Order:
 def permute(positions: Int[np.ndarray, " n"], count: int, *, seed: int) -> Int[np.ndarray, " n"]:
     """Return the places of positions in the permutation of `range(count)` that belongs to a seed:
     `grain.experimental.index_shuffle(position, count - 1, seed, rounds=4)` of each."""
-    if count == 1:
-        return np.zeros_like(positions)
+    if count < _FEW:
+        import grain
+
+        shuffle = grain.experimental.index_shuffle
+        return np.array([shuffle(p, count - 1, seed, _ROUNDS) for p in positions.tolist()])
     bits = int(np.ceil(np.log2(count - 1)))  # one too few if count - 1 is a power of two: as grain
     half = max(bits + bits % 2, _MIN_BITS) // 2
     keys = _seed_sequence(seed, _ROUNDS) & np.uint32(2**half - 1)
-    places = positions.astype(np.uint32 if half <= 16 else np.int64)  # the latter takes twice as long
+    places = positions.astype(np.uint32 if half <= 16 else np.int64)  # 64 bits take twice as long
     outside = np.arange(len(places))
     while len(outside):
         places[outside] = _encrypt(places[outside], keys, half)

@@ -197,7 +197,7 @@ def read_metadata(file: "ArrayRecordReader", position: int) -> Metadata:
 
 
 @functools.cache
-def _texts() -> "tfds.features.FeaturesDict":
+def _texts() -> Any:  # a tfds.features.FeaturesDict, whose annotations are wrong
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
