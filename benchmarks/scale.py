@@ -151,11 +151,11 @@ def write_set(folder: Path, count: int, *, many_files: bool) -> None:
     first, *others = (
         data / f"faces-train.array_record-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))
     )
-    examples = (examples[i % len(examples)] for i in range(lengths[0]))
-    records.write_records(first, examples, size=size)
+    pairs = [(example, image.data) for example, image in zip(examples, images, strict=True)]
+    records.write_records(first, (pairs[i % len(pairs)] for i in range(lengths[0])))
     for other in others:
         other.hardlink_to(first)
-        Path(f"{other}.index").hardlink_to(f"{first}.index")
+        Path(f"{other}.pixels").hardlink_to(f"{first}.pixels")
     train = records.finish_split(data, split="train", lengths=lengths)
     records.write_metadata(data, size=size, splits=[train])
     report = {"format": records.FORMAT, "source": "", "size": size, "accepted": count}

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 
 from vaejax.data import records
 from vaejax.data.order import Order
-from vaejax.data.pixels import PixelFile, PixelsError
+from vaejax.data.pixels import Buffers, PixelFile, PixelsError
 from vaejax.errors import UserError
 from vaejax.files import printable
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import grain  # which imports JAX where that is installed: functions that need it import it
     from array_record.python.array_record_module import ArrayRecordReader
 
+_AHEAD = 8  # batches that are read before they are asked for
 # Nothing is read ahead of a record, and none is handed to other threads: grain has its own.
 _ONE_RECORD = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -37,38 +38,40 @@ class Images:
     Raises UserError if `prepared` is no prepared data set, or a damaged one.
 
     The pixels are copied out of the mapped files, a batch at a time. Their checksums are compared
-    at every read: that takes a tenth of the time, and a page that the system has dropped and read
+    at every read: that takes a fifth of the time, and a page that the system has dropped and read
     again is as much in doubt as a new one.
     """
 
     def __init__(self, prepared: Path, split: str):
         self._prepared = prepared
-        self._files = records.record_files(prepared, split)
-        self._ends = np.cumsum([file.count for file in self._files])
-        self._size = records.read_dataset_report(prepared)["size"]
-        self._index = records.read_index(prepared, split, len(self))
+        self._parts = records.parts_of(prepared, split)
+        self._ends = np.cumsum([part.images for part in self._parts])
+        size = records.read_dataset_report(prepared)["size"]
+        self.shape = (size, size, 3)  # h, w, c
         self._pixels: dict[int, PixelFile] = {}
         self._records: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape `(h, w, c)` of an image."""
-        return self._size, self._size, 3
+    def read(
+        self, indices: Int[np.ndarray, " b"], out: UInt8[np.ndarray, "b h w c"] | None = None
+    ) -> UInt8[np.ndarray, "b h w c"]:
+        """Read images by their indices, from any thread, into `out` or a new array.
 
-    def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
-        """Read images by their indices, from any thread. Raises UserError if one is damaged."""
-        indices = np.asarray(indices)
-        if len(self._files) == 1:
-            return self._read_of_file(0, indices).reshape(-1, *self.shape)
-        images = np.empty((len(indices), *self.shape), np.uint8)
+        Raises UserError if one is damaged.
+        """
+        images = np.empty((len(indices), *self.shape), np.uint8) if out is None else out
+        if len(self._parts) == 1:
+            self._read_part(0, indices, images)
+            return images
         numbers = np.searchsorted(self._ends, indices, side="right")
         for number in np.unique(numbers).tolist():
-            rows = numbers == number
-            images[rows] = self._read_of_file(number, indices[rows]).reshape(-1, *self.shape)
+            (here,) = np.nonzero(numbers == number)
+            some = images[here]
+            self._read_part(number, indices[here] - self._first(number), some)
+            images[here] = some
         return images
 
     def metadata(self, index: int) -> records.Metadata:
@@ -77,32 +80,36 @@ class Images:
         Raises UserError if its record is damaged.
         """
         number = int(np.searchsorted(self._ends, index, side="right"))
-        file = self._files[number]
-        position = index - int(self._ends[number]) + file.count
         try:
-            return records.read_metadata(self._records_of(number), position)
+            return records.read_metadata(self._records_of(number), index - self._first(number))
         except (RuntimeError, IndexError, ValueError):
-            raise self._damaged(number, "cannot be read") from None
+            raise self._damaged(self._parts[number].records, "cannot be read") from None
 
-    def _read_of_file(self, number: int, indices: np.ndarray) -> UInt8[np.ndarray, "b n"]:
-        file = self._files[number]
-        first = self._ends[number] - file.count
+    def _first(self, number: int) -> int:
+        """Return the index of the first image of a part."""
+        return int(self._ends[number]) - self._parts[number].images
+
+    def _read_part(
+        self, number: int, positions: Int[np.ndarray, " b"], out: UInt8[np.ndarray, "b h w c"]
+    ) -> None:
+        path = self._parts[number].pixels
         try:
-            return self._pixels_of(number).read(self._index[indices], indices - first)
+            self._pixels_of(number).read(positions, out)
         except PixelsError as error:
-            raise self._damaged(number, f"cannot be read: {error}") from None
+            raise self._damaged(path, f"cannot be read: {error}") from None
         except (OSError, ValueError):
-            raise self._damaged(number, "cannot be read") from None
+            raise self._damaged(path, "cannot be read") from None
 
-    def _damaged(self, number: int, what: str) -> UserError:
-        name = f"records/{self._files[number].path.name}"
+    def _damaged(self, path: Path, what: str) -> UserError:
+        name = f"{path.parent.name}/{path.name}"
         return records.damaged(self._prepared, f"{printable(name)} {what}")
 
     def _pixels_of(self, number: int) -> PixelFile:
         """Map a file. One thread does so when it is first needed."""
+        part = self._parts[number]
         with self._lock:
             if number not in self._pixels:
-                self._pixels[number] = PixelFile(self._files[number].path, self._size)
+                self._pixels[number] = PixelFile(part.pixels, count=part.images, shape=self.shape)
             return self._pixels[number]
 
     def _records_of(self, number: int) -> "ArrayRecordReader":
@@ -111,7 +118,7 @@ class Images:
         with self._lock:
             if number not in self._records:
                 self._records[number] = ArrayRecordReader(
-                    os.fsencode(self._files[number].path),  # as text it takes UTF-8 only
+                    os.fsencode(self._parts[number].records),  # as text it takes UTF-8 only
                     options=_ONE_RECORD,
                     file_reader_buffer_size=32768,
                 )
@@ -142,8 +149,12 @@ def stream(
     Every epoch has an order of its own. The iterator's position is saved by `get_state` and
     restored by `set_state` (or by Orbax); it counts batches handed out, not those read ahead.
     """
-    batches = _shard(len(images), batch_size, seed, shard, shards).map(images.read)
-    return _read_ahead(batches)
+    buffers = Buffers(kept=2 * _AHEAD)
+
+    def read(indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        return images.read(indices, buffers.empty(len(indices), *images.shape))
+
+    return _read_ahead(_shard(len(images), batch_size, seed, shard, shards).map(read))
 
 
 def stream_indices(
@@ -162,11 +173,11 @@ def in_order(
     """
     import grain
 
-    count = len(images) if count is None else count
+    count, buffers = len(images) if count is None else count, Buffers(kept=2 * _AHEAD)
 
     def read(number: int) -> tuple[np.ndarray, np.ndarray]:
         indices = np.arange(number * batch_size, min((number + 1) * batch_size, count))
-        return indices, images.read(indices)
+        return indices, images.read(indices, buffers.empty(len(indices), *images.shape))
 
     yield from _read_ahead(grain.MapDataset.range(-(-count // batch_size)).map(read))
 
@@ -183,7 +194,7 @@ def _shard(images: int, batch_size: int, seed: int, shard: int, shards: int) -> 
 def _read_ahead(batches: "grain.MapDataset") -> "grain.DatasetIterator":
     import grain
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=_AHEAD)
     return iter(batches.to_iter_dataset(options))
 
 

@@ -269,7 +269,7 @@ class Faces(tfds.core.ShardBasedBuilder):
         return {self._split: [partial(_examples, plan, self._size) for plan in self._plans]}
 
     def _example_writer(self) -> ExampleWriter:
-        return _Writer(self._size)
+        return _Writer(FileFormat.ARRAY_RECORD)
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -280,15 +280,11 @@ class _Info(tfds.core.DatasetInfo):
 class _Writer(ExampleWriter):
     """Writes the files that `records.write_records` writes: those of TFDS are compressed."""
 
-    def __init__(self, size: int):
-        super().__init__(FileFormat.ARRAY_RECORD)
-        self._size = size
-
     def write(self, path: Any, examples: Iterable[Any]) -> None:
         with _unshared(path) as partial:
             serialized = (example for _, example in examples)
-            records.write_records(partial, serialized, size=self._size)
-            os.replace(f"{partial}.index", f"{os.fspath(path)}.index")
+            records.write_records(partial, ((s, records.image_of(s)) for s in serialized))
+            os.replace(f"{partial}.pixels", f"{os.fspath(path)}.pixels")
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,7 +4,7 @@
     contact_sheet.png    64 of the images
     faces_sheet.png      where faces were detected, if the images were cropped to them
     records/             read by `tfds.builder_from_directory`: no TensorFlow, nothing to decode
-    index/               of each split, where the pixels of its images lie in those files: `pixels`
+    pixels/              the same pixels once more, as vaejax reads them: `pixels.py`
 
 TFDS's features serialize the records and its `write_metadata` describes them. Its own
 `GeneratorBasedBuilder` holds a split of up to 1 GB in memory and fails beyond that if TensorFlow is
@@ -145,45 +145,38 @@ def check(prepared: Path) -> dict[str, Any]:
     return report
 
 
-class RecordFile(NamedTuple):
-    """A file of records of a split, and their number."""
+class Part(NamedTuple):
+    """A part of a split: a file of records, and one of the same images' pixels."""
 
-    path: Path
-    count: int
+    records: Path
+    pixels: Path
+    images: int
 
 
-def record_files(prepared: Path, split: str) -> list[RecordFile]:
-    """Return the files of a split in their order, as TFDS would, without TFDS.
+def parts_of(prepared: Path, split: str) -> list[Part]:
+    """Return the parts of a split in their order, as TFDS would, without TFDS.
 
     Raises UserError if it is no prepared set, or a damaged one.
     """
     check(prepared)
-    folder = Path(prepared) / "records"
+    folder = Path(prepared)
     try:
-        splits = read_json(folder / "dataset_info.json")["splits"]
+        splits = read_json(folder / "records" / "dataset_info.json")["splits"]
         (lengths,) = (each["shardLengths"] for each in splits if each["name"] == split)
         counts = [int(length) for length in lengths]
-        if min(counts) < 0:
-            raise ValueError("a negative number of records")
+        if min(counts) < 1:
+            raise ValueError("a part without images")
     except (OSError, ValueError, KeyError, TypeError):
         raise damaged(prepared, "its metadata cannot be used") from None
-    of = f"of-{len(counts):05}"
+    names = [f"{number:05}-of-{len(counts):05}" for number in range(len(counts))]
     return [
-        RecordFile(folder / f"faces-{split}.array_record-{number:05}-{of}", count)
-        for number, count in enumerate(counts)
+        Part(
+            folder / "records" / f"faces-{split}.array_record-{name}",
+            folder / "pixels" / f"{split}-{name}",
+            count,
+        )
+        for name, count in zip(names, counts, strict=True)
     ]
-
-
-def read_index(prepared: Path, split: str, images: int) -> pixels.Index:
-    """Open the index of a split of so many images. Raises UserError if it is damaged."""
-    name = f"index/{split}"
-    try:
-        index = pixels.Index(Path(prepared) / name)
-    except (OSError, ValueError):
-        raise damaged(prepared, f"{name} cannot be read") from None
-    if len(index) != images:
-        raise damaged(prepared, f"{name} is of {len(index):,} images, not of {images:,}")
-    return index
 
 
 def read_metadata(file: "ArrayRecordReader", position: int) -> Metadata:
@@ -234,12 +227,15 @@ def write_split(
     """Write one split, record by record; memory does not grow with their number."""
     path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
     serialize = features(size).serialize_example
-    count = write_records(path, (serialize(dict(example)) for example in examples), size=size)
+    records = ((serialize(dict(example)), example["image"].data) for example in examples)
+    count = write_records(path, records)
     return finish_split(folder, split=split, lengths=[count])
 
 
-def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes], *, size: int) -> int:
-    """Write a file of serialized records, and the index of its pixels, `path`.index.
+def write_records(
+    path: str | os.PathLike[str], records: Iterable[tuple[bytes, bytes | memoryview]]
+) -> int:
+    """Write a file of serialized records, and beside it the pixels of their images, `path`.pixels.
 
     Returns their number. Raises OSError.
     """
@@ -251,18 +247,27 @@ def write_records(path: str | os.PathLike[str], serialized: Iterable[bytes], *, 
     writer = ArrayRecordWriter(os.fsencode(path), "group_size:1,uncompressed")
     count = 0
     try:
-        for record in serialized:
-            writer.write(record)
-            count += 1
+        with pixels.PixelWriter(f"{os.fspath(path)}.pixels") as pixel_writer:
+            for record, image in records:
+                writer.write(record)
+                pixel_writer.append(image)
+                count += 1
         writer.close()
     except RuntimeError as error:  # which it raises for a full disk
         raise OSError(errno.EIO, str(error)) from None
-    pixels.locate(path, size).tofile(f"{os.fspath(path)}.index")
     return count
 
 
+def image_of(record: bytes) -> bytes:
+    """Return the pixels of the image in a serialized record."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    return parse(record).features.feature["image"].bytes_list.value[0]
+
+
 def finish_split(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.SplitInfo":
-    """Join the indices of a split's files, one in `folder` for each number of records, into one.
+    """Move the pixels of a split, written in one file for each number of records, to their place.
 
     Returns TFDS's description of the split.
     """
@@ -270,13 +275,11 @@ def finish_split(folder: Path, *, split: str, lengths: list[int]) -> "tfds.core.
 
     template = _template(folder)
     paths = template.replace(split=split).sharded_filepaths(num_shards=len(lengths))
-    index = folder.with_name("index")
-    index.mkdir(exist_ok=True)
-    with (index / split).open("wb") as joined:
-        for path in paths:
-            part = Path(f"{os.fspath(path)}.index")
-            joined.write(part.read_bytes())
-            part.unlink()
+    pixels_folder = folder.with_name("pixels")
+    pixels_folder.mkdir(exist_ok=True)
+    for path in paths:
+        name = os.path.basename(path).removeprefix("faces-").replace(".array_record", "")
+        os.rename(f"{os.fspath(path)}.pixels", pixels_folder / name)
     return tfds.core.SplitInfo(
         name=split,
         shard_lengths=lengths,
