@@ -121,3 +121,21 @@ def test_a_batch_that_is_kept_does_not_change_while_others_are_read(tmp_path: Pa
     for _ in range(40):
         next(batches)
     assert np.array_equal(kept, copies)
+
+
+# Records
+
+
+def test_a_record_is_serialized_as_tfds_does():
+    image = random_images(1, 16)[0]
+    record = records.Record(image=image, person="Ä", path="a/ü.png", sha256="0" * 64)
+    features = records.features(16)
+    read = features.deserialize_example_np(records.serialize(record))
+    expected = features.deserialize_example_np(features.serialize_example(dict(record)))
+    assert np.array_equal(read.pop("image"), expected.pop("image"))
+    assert (
+        read
+        == expected
+        == {"person": "Ä".encode(), "path": "a/ü.png".encode(), "sha256": b"0" * 64}
+    )
+    assert records.image_of(features.serialize_example(dict(record))) == image.tobytes()

@@ -79,7 +79,7 @@ class Buffers:
     """
 
     def __init__(self, kept: int):
-        self._free: deque[memoryview] = deque(maxlen=kept)
+        self._free: deque[bytearray] = deque(maxlen=kept)
 
     def empty(self, *shape: int) -> UInt8[np.ndarray, "..."]:
         """Return an array whose contents are arbitrary."""
@@ -89,8 +89,8 @@ class Buffers:
         except IndexError:
             memory = None
         if memory is None or len(memory) != size:
-            memory = memoryview(np.empty(size, np.uint8))
-        # Every view refers to this array, and not to what is below it, which is no array of NumPy.
+            memory = bytearray(size)
+        # Every view refers to this array, and not to what is below it, which is no array.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array.reshape(shape)

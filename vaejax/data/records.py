@@ -221,13 +221,10 @@ def seal(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**report, "sha256": _hash_report(report)}
 
 
-def write_split(
-    folder: Path, *, size: int, split: str, examples: Iterable[Record]
-) -> "tfds.core.SplitInfo":
+def write_split(folder: Path, *, split: str, examples: Iterable[Record]) -> "tfds.core.SplitInfo":
     """Write one split, record by record; memory does not grow with their number."""
     path = _template(folder).replace(split=split).sharded_filepath(shard_index=0, num_shards=1)
-    serialize = features(size).serialize_example
-    records = ((serialize(dict(example)), example["image"].data) for example in examples)
+    records = ((serialize(example), example["image"].data) for example in examples)
     count = write_records(path, records)
     return finish_split(folder, split=split, lengths=[count])
 
@@ -256,6 +253,21 @@ def write_records(
     except RuntimeError as error:  # which it raises for a full disk
         raise OSError(errno.EIO, str(error)) from None
     return count
+
+
+def serialize(record: Record) -> bytes:
+    """Serialize a record as `features(size).serialize_example` does, in a quarter of the time.
+
+    The fields are sorted, so that the bytes are the same in every process.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    values = example.features.feature
+    values["image"].bytes_list.value.append(record["image"].tobytes())
+    for name in Metadata.__annotations__:
+        values[name].bytes_list.value.append(record[name].encode())
+    return example.SerializeToString(deterministic=True)
 
 
 def image_of(record: bytes) -> bytes:
