@@ -34,7 +34,7 @@ from typing import Any
 from vaejax.data.sources import drawn_faces
 from vaejax.files import PARTIAL, read_json, write_json
 from vaejax.training import checkpoint
-from vaejax.training.prior import flow_folder
+from vaejax.training.flow_prior import flow_folder
 
 ROOT = Path(__file__).parents[1]
 FACES = 130  # about 117 of them are training images; a flow wants 100

@@ -1,9 +1,12 @@
 """A person's mistake is one line and exit code 2, and nothing is left behind."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli, commands, losses, pictures
+from vaejax import cli, commands, export, losses, pictures
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.models.denoising import Denoising
 from vaejax.models.feed_forward import FeedForward
 from vaejax.models.vae import VAE
+from vaejax.training import checkpoint, prior, publish, run
 from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
 
@@ -51,6 +55,9 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["denoise", "latest", "a.png"], "there is no run"),
         (["denoise", "latest", "a.png", "--out", "a.jpg"], "must end in .png"),
         (["denoise", "latest", "a.png", "--seed", "-1"], "--seed -1: must be from 0"),
+        (["export", "latest", "--out", "new"], "there is no run"),
+        (["export", "latest", "--out", "."], "there is no run"),
+        (["export", "latest"], "--out"),
         (["prepare", "nowhere"], "nowhere"),
         (["prepare", ".", "--size", "x"], "--size"),
         (["prepare", "."], "no images"),
@@ -197,6 +204,56 @@ def test_a_run_without_a_prior_says_what_it_can_do_instead(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_is_a_new_folder_with_everything(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    out = tmp_path / "deep" / "export"
+    assert vaejax("export", str(trained), "--out", str(out), monkeypatch=monkeypatch) == 0
+    names = {"decoder.onnx", "encoder.onnx", "model.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == names
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    said = capsys.readouterr().out
+    assert all(f"{out}/{name}" in said for name in names)
+    assert "the latents of new faces are standard normal" in said
+    loaded, exported = run.load(trained), export.load(out)
+    assert checkpoint.weights_digest(*exported[1:3]) == loaded.weights.digest
+    assert exported.model == loaded.model
+    assert exported.prior is not None
+    assert np.array_equal(exported.prior.sample([5]), prior.load(loaded, "normal").sample([5]))
+
+
+def test_an_export_leaves_what_is_there_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    (tmp_path / "mine").write_text("my notes")
+    for out, words in ((tmp_path, "is not empty"), (tmp_path / "mine" / "new", "mine is a file")):
+        assert vaejax("export", str(trained), "--out", str(out), monkeypatch=monkeypatch) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(UserError, match="is not empty"):  # it was filled while the export was made
+        publish.write(tmp_path, {"README.md": b""})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_without_a_prior_is_exported_without_one(
+    plain: Path, denoising: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    for folder in (plain, denoising):
+        out = tmp_path / folder.parent.name
+        assert vaejax("export", str(folder), "--out", str(out), monkeypatch=monkeypatch) == 0
+        said = capsys.readouterr()
+        assert f"{folder} has no prior, and draws no new faces" in said.out
+        assert said.err == ""
+        assert export.load(out).prior is None
+        assert not (out / "prior.onnx").exists()
+    # a prior that was to be fitted when the run was stopped
+    loaded = run.load(plain)
+    spec = replace(loaded.spec, schedule=replace(loaded.spec.schedule, prior="flow"))
+    assert publish.exported(loaded._replace(spec=spec)).prior is None
+    assert "has no flow as its prior yet" in capsys.readouterr().err
+
+
 def test_only_a_denoising_run_takes_noise_away(
     plain: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -282,3 +339,87 @@ def test_a_picture_that_the_disk_does_not_take_is_one_line(tmp_path: Path, capsy
         pictures.save_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
     assert stop.value.code == 5
     assert capsys.readouterr().err.endswith("a.png: Is a directory\n")
+
+
+# What must not be overwritten, and what must not be waited for
+
+
+@pytest.fixture
+def mine(faces: Path, tmp_path: Path) -> Path:
+    """A picture, under four names."""
+    picture = tmp_path / "me.png"
+    picture.write_bytes((faces / "000.png").read_bytes())
+    (tmp_path / "link.png").symlink_to(picture)
+    os.link(picture, tmp_path / "hard.png")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    return picture
+
+
+@pytest.mark.parametrize("verb", ["reconstruct", "denoise"])
+@pytest.mark.parametrize("out", ["me.png", "link.png", "hard.png", "folder/me.png"])
+def test_an_input_is_not_overwritten(
+    verb: str, out: str, mine: Path, denoising: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    before = mine.read_bytes()
+    monkeypatch.chdir(mine.parent)
+    arguments = [verb, str(denoising), "me.png", "--out", out]
+    assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
+    assert f"--out {out} is an input" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+
+
+def test_pictures_and_pages_are_not_written_among_data(
+    trained: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    data = prepare(faces, size=16, out=tmp_path / "set", say=lambda _: None)
+    own = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((own / "config.json").read_text())
+    config["schedule"]["source"] = str(shutil.copytree(faces, tmp_path / "images"))
+    (own / "config.json").write_text(json.dumps(config))
+    places = {
+        data / "contact_sheet.png": "is a prepared data set",
+        data / "records" / "new.png": "is a prepared data set",
+        tmp_path / "images" / "new.png": "among the input",
+        own / "faces.png": "what the run",
+        own / "samples" / "epoch-0001-end.png": "what the run",
+    }
+    for place, words in places.items():
+        before = place.read_bytes() if place.exists() else None
+        for verb in (["sample"], ["reconstruct", str(faces / "000.png")]):
+            arguments = [verb[0], str(own), *verb[1:], "--out", str(place)]
+            assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
+            assert words in capsys.readouterr().err
+        assert before == (place.read_bytes() if place.exists() else None)
+    assert vaejax("sample", str(own), f"--out={own}/new.png", monkeypatch=monkeypatch) == 0
+    with pytest.raises(UserError, match="which is a prepared data set"):
+        train(faces, data / "run", VAE(size=16), partial(losses.mse_kl, kl_weight=0.01))
+
+
+def test_a_contact_sheet_is_not_overwritten_by_a_sheet_of_faces(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    data = prepare(faces, size=16, out=tmp_path / "set", say=lambda _: None)
+    arguments = ["prepare", str(faces), "--crop-faces", f"--debug-sheet={data}/contact_sheet.png"]
+    assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
+    assert "which is a prepared data set" in capsys.readouterr().err
+    arguments = ["prepare", str(faces), f"--out={data}/records/inner"]
+    assert vaejax(*arguments, monkeypatch=monkeypatch) == 2
+    assert "which is a prepared data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "/dev/zero", "huge.png"])
+def test_an_image_that_never_ends_is_refused_at_once(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.png")
+    with open("huge.png", "wb") as file:
+        file.truncate(2**40)
+    assert vaejax("reconstruct", str(trained), name, monkeypatch=monkeypatch) == 2
+    assert "it is not a regular file" in (error := capsys.readouterr().err) or "more than" in error
+
+
+def test_an_error_says_nothing_to_the_terminal(capsys):
+    with pytest.raises(SystemExit), cli.errors_as_messages():
+        raise UserError("\x1b[2J of a stranger\nerror: none")
+    assert capsys.readouterr().err == "error: \\x1b[2J of a stranger\\x0aerror: none\n"

@@ -77,10 +77,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_is_told_with_its_progress_and_its_held_out_metrics(begun: Path):
     head, row = doctor.runs().splitlines()
-    assert head.split()[:4] == ["run", "state", "epoch", "updates"]
+    assert head.split()[:4] == ["run", "state", "epoch", "held"]
     assert "00003-tiny" in row
     assert " 2/2 " in row
-    assert " 7/10 " in row
+    assert row.endswith(" 7/10")
     assert "mse 0.25  kl 0.125  bits_per_dim 7.5" in row
     assert "2026-01-02 03:04" in row
 
@@ -105,6 +105,25 @@ def test_a_broken_run_does_not_hide_the_others(begun: Path):
     table = doctor.runs()
     assert "unreadable" in table.splitlines()[2]
     assert "00003-tiny" in table
+
+
+def test_a_stranger_s_run_says_nothing_to_the_terminal(begun: Path):
+    state = {**STATE, "status": "finished\x1b[2J\nfaked", "changed": "\x1b]0;title\x07 now"}
+    (begun / "run.json").write_text(json.dumps(state))
+    named = begun.with_name("00004-\x1b[31m\n")
+    named.mkdir()
+    (named / "config.json").write_text('{"format": "\\u001b[2J"}')
+    table = doctor.runs()
+    assert len(table.splitlines()) == 3
+    assert not any(ord(c) < 32 for line in table.splitlines() for c in line)
+    assert "\\x1b[2J\\x0afaked" in table
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl", "run.lock"])
+def test_a_pipe_in_a_run_does_not_block(name: str, begun: Path):
+    (begun / name).unlink(missing_ok=True)
+    os.mkfifo(begun / name)
+    assert ("unreadable" if name != "run.lock" else "stopped") in doctor.runs()
 
 
 def test_no_run_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

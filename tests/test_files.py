@@ -16,8 +16,11 @@ from vaejax.errors import UserError
 from vaejax.files import (
     atomic,
     atomic_folder,
-    cache_folder,
+    inside,
+    open_regular,
+    open_to_append,
     printable,
+    read_bytes,
     read_json,
     write_json,
     write_text,
@@ -86,11 +89,8 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
     monkeypatch.setattr(files, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
     write_text(tmp_path / "a.txt", "new")
-    assert calls == [
-        ("fsync", f"{files.PARTIAL}a.txt"),
-        ("rename", "a.txt"),
-        ("fsync", tmp_path.name),
-    ]
+    assert files.is_partial(calls[0][1], r"a\.txt")
+    assert calls == [("fsync", calls[0][1]), ("rename", "a.txt"), ("fsync", tmp_path.name)]
 
 
 KILLED = """
@@ -116,6 +116,139 @@ def test_a_kill_leaves_the_old_content_and_the_next_write_cleans_up(tmp_path: Pa
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_are_deleted_and_only_ours(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    kill_while_writing("file", path)
+    (leftover,) = tmp_path.iterdir()
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    others = [".partial-a.txt", ".partial-0123456-a.txt", ".partial-01234567-b.txt"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    link = tmp_path / ".partial-01234567-a.txt"
+    link.symlink_to(mine)
+    with atomic(path) as partial:
+        partial.write_text("a")
+        write_text(path, "b")  # of another process, say: what is in use is no leftover
+        assert partial.exists()
+    assert path.read_text() == "a"
+    assert mine.read_text() == "mine"
+    assert not leftover.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "mine", link.name, *others}
+
+
+# What a stranger may have put there
+
+
+def test_a_planted_temporary_name_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mine, path = tmp_path / "mine", tmp_path / "a.txt"
+    mine.write_text("mine")
+    (tmp_path / ".partial-a.txt").symlink_to(mine)
+    tokens = iter(["01234567", "89abcdef"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(tokens))
+    (tmp_path / ".partial-01234567-a.txt").symlink_to(mine)  # even if the number was known
+    with pytest.raises(FileExistsError):
+        write_text(path, "overwritten")
+    write_text(path, "new")
+    assert mine.read_text() == "mine"
+    assert path.read_text() == "new"
+
+
+def test_a_link_in_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path):
+    mine, path = tmp_path / "mine", tmp_path / "a.txt"
+    mine.write_text("mine")
+    path.symlink_to(mine)
+    write_text(path, "new")
+    assert mine.read_text() == "mine"
+    assert not path.is_symlink()
+
+
+def test_links_are_read_only_where_a_person_named_them(tmp_path: Path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "link").symlink_to("a")
+    assert read_bytes(tmp_path / "link", max_bytes=1, links=True) == b"a"
+    with pytest.raises(OSError, match="it is a link"):
+        read_bytes(tmp_path / "link", max_bytes=1)
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_pipes_devices_and_folders_are_refused_before_they_are_opened(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", pytest.fail)
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="it is not a regular file"):
+            open_regular(path, links=links)
+
+
+def test_a_file_that_becomes_a_pipe_at_the_last_moment_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(__file__)
+    regular = os.stat(__file__)
+    monkeypatch.setattr(os, "stat", lambda *_, **__: regular)
+    with pytest.raises(OSError, match="it is not a regular file"):
+        open_regular(tmp_path / "pipe")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_regular(tmp_path / "link")
+
+
+def test_no_more_is_read_than_was_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(2**40)  # a hole, which takes no disk
+    with pytest.raises(OSError, match="more than 1,000 bytes"):
+        read_bytes(tmp_path / "a", max_bytes=1000)
+    with pytest.raises(ValueError, match="more than 16,777,216 bytes"):
+        read_json(tmp_path / "a")
+    # a file that grows, or of which the system does not know how large it is
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        read_bytes("/proc/self/maps", max_bytes=10)
+
+
+def test_what_is_appended_to_is_a_regular_file_with_one_name(tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "dangling").symlink_to(tmp_path / "created")
+    os.link(mine, tmp_path / "hard")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling", "hard", "pipe"):
+        with pytest.raises(OSError, match=r"link|not a regular file"):
+            open_to_append(tmp_path / name)
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "created").exists()
+    for _ in range(2):
+        with open_to_append(tmp_path / "new") as file:
+            file.write(b"a")
+    assert (tmp_path / "new").read_bytes() == b"aa"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/etc/passwd", "a/../../b", "../a", "a//b", "./a", "a/", "a\0b", 3, None,
+     "link", "folder/a", "dangling"],
+)  # fmt: skip
+def test_no_name_leads_out_of_a_folder(name: object, tmp_path: Path):
+    folder = tmp_path / "folder of a stranger"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    (folder / "link").symlink_to("/etc/passwd")
+    (folder / "folder").symlink_to(tmp_path / "elsewhere")
+    (folder / "dangling").symlink_to(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no name below a folder|leads out|is a link"):
+        inside(folder, name)
+
+
+def test_a_name_below_a_folder_may_not_exist_and_the_folder_may_be_a_link(tmp_path: Path):
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    assert inside(tmp_path / "link", "sub/a..b") == tmp_path / "link" / "sub" / "a..b"
 
 
 # JSON
@@ -159,8 +292,10 @@ def test_unreadable_json_is_a_value_error_with_its_reason(
 def test_only_regular_files_are_read_and_a_pipe_does_not_block(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        with pytest.raises(ValueError, match="not a regular file"):
+    (tmp_path / "link").symlink_to("a.json")
+    write_json(tmp_path / "a.json", 1)
+    for name in ("folder", "pipe", "link"):
+        with pytest.raises(ValueError, match=r"it is (not a regular file|a link)"):
             read_json(tmp_path / name)
 
 
@@ -179,7 +314,7 @@ def test_json_that_may_not_be_read_is_a_value_error(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     write_json(tmp_path / "a.json", 1)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ValueError, match="Permission denied"):
         read_json(tmp_path / "a.json")
 
@@ -294,6 +429,7 @@ def test_all_of_a_folder_is_on_the_disk_before_its_name(
         (b"\xff\xfe", "\\xff\\xfe"),
         (b"a\nb\x1b[31m", "a\\x0ab\\x1b[31m"),
         (b"\xc2\x9b1m", "\\x9b1m"),  # a control character beyond ASCII
+        ("a\u202egnp.exe\u2028".encode(), "a\\u202egnp.exe\\u2028"),  # shown as aexe.png
     ],
 )
 def test_any_path_can_be_printed(name: bytes, text: str):
@@ -301,18 +437,5 @@ def test_any_path_can_be_printed(name: bytes, text: str):
     printable(Path(os.fsdecode(name))).encode()  # would raise for what is not UTF-8
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache_folder() == Path("/somewhere/vaejax")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert cache_folder() == Path("/home/me/.cache/vaejax")
-
-
-def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch):
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", no_home)
-    assert str(os.getuid()) in cache_folder().name
+def test_any_text_of_a_json_file_can_be_printed():
+    assert printable("\x1b[2J\ud800\n\u2066") == "\\x1b[2J\\ud800\\x0a\\u2066"

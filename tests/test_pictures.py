@@ -1,5 +1,6 @@
 """Pictures and films show their images, and a failure leaves the old file as it was."""
 
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,27 @@ def test_a_film_shows_every_picture_from_first_to_last(tmp_path: Path):
     assert frames == sorted(frames)
 
 
+def test_a_film_shows_the_caption_of_each_frame_below_it(tmp_path: Path):
+    frames = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in frames:
+        pictures.save_png(path, np.zeros((60, 100, 3), np.uint8))
+    captions, height = ["epoch 1", "epoch 2", "epoch 3"], pictures.CAPTION_HEIGHT
+    mp4, gif = tmp_path / "film.mp4", tmp_path / "film.gif"
+    pictures.film(frames, mp4=mp4, gif=gif, captions=captions)
+    with Image.open(gif) as image:
+        shown = []
+        for i in range(3):
+            image.seek(i)
+            shown.append(np.asarray(image.convert("L")))
+    assert all(frame.shape == (60 + height, 100) for frame in shown)
+    assert all((frame[:60] < 8).all() for frame in shown)
+    below = [frame[60:] for frame in shown]
+    assert all(20 < (frame < 128).sum() < 500 for frame in below)  # dark letters on white
+    assert (below[0] != below[1]).any()
+    assert (below[1] != below[2]).any()
+    assert cv2.VideoCapture(str(mp4)).read()[1].shape == (60 + height, 100, 3)
+
+
 def test_a_long_film_keeps_its_first_and_last_picture(tmp_path: Path):
     _, gif = make_film(tmp_path, 20, max_frames=5)
     with Image.open(gif) as image:
@@ -126,6 +148,29 @@ def test_damaged_pictures_and_those_of_another_size_are_left_out_with_a_warning(
     assert all(name in warning for name in ("002.png", "003.png", "004.png"))
 
 
+def test_a_film_shows_neither_what_a_link_leads_to_nor_a_bomb_and_waits_for_no_pipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "film").mkdir()
+    make_film(tmp_path / "film", 7)
+    capsys.readouterr()
+    pictures.save_png(tmp_path / "mine.png", greys(1, 64)[0])
+    frames = sorted((tmp_path / "film").glob("*.png"))
+    for frame in frames[2:5]:
+        frame.unlink()
+    frames[2].symlink_to(tmp_path / "mine.png")
+    os.mkfifo(frames[3])
+    Image.new("1", (10_000, 10_000)).save(frames[4], "PNG")  # of 15 KB
+    frames.append(tmp_path / "film" / "\x1b[2J.png")
+    frames[-1].touch()
+    pictures.film(frames, mp4=tmp_path / "film.mp4", gif=tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as image:
+        assert image.n_frames == 4
+    warning = capsys.readouterr().err
+    assert "4 of 8 pictures" in warning
+    assert "\x1b" not in warning
+
+
 def test_an_mp4_has_even_sides_padded_with_white_and_plays_everywhere(tmp_path: Path):
     for i in range(3):
         pictures.save_png(tmp_path / f"{i}.png", np.zeros((31, 47, 3), np.uint8))
@@ -153,8 +198,8 @@ from vaejax import pictures
 interrupts = []
 signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
 read = pictures._read
-def interrupted(frames):
-    for i, frame in enumerate(read(frames)):
+def interrupted(*arguments):
+    for i, frame in enumerate(read(*arguments)):
         if i == 2:
             os.killpg(0, signal.SIGINT)  # what a terminal does at Ctrl-C
         yield frame

@@ -1,5 +1,6 @@
 """Priors: what they draw, their densities, how a mixture is fitted and kept."""
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -392,4 +393,19 @@ def test_a_mixture_of_other_content_is_as_none(content, tmp_path: Path):
         else:
             arrays = {name: np.asarray(leaf) for name, leaf in MIXTURE._asdict().items()}
             np.savez(file, **{"format": priors.FORMAT, "digest": "abc", **arrays, **content})
+    assert priors.load(tmp_path, digest="abc", latents=3) is None
+
+
+def test_a_mixture_of_a_stranger_is_neither_waited_for_nor_unpacked(tmp_path: Path):
+    path = tmp_path / "priors" / "mixture.npz"
+    path.parent.mkdir()
+    arrays = {name: np.asarray(leaf) for name, leaf in MIXTURE._asdict().items()}
+    with path.open("wb") as file:
+        np.savez_compressed(
+            file, format=priors.FORMAT, digest="abc", bomb=np.zeros(10**7), **arrays
+        )
+    assert path.stat().st_size < 10**5
+    assert priors.load(tmp_path, digest="abc", latents=3) is None
+    path.unlink()
+    os.mkfifo(path)
     assert priors.load(tmp_path, digest="abc", latents=3) is None

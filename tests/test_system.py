@@ -91,8 +91,9 @@ def test_pages_of_a_mapped_file_are_not_held(tmp_path: Path):
 
 
 def test_sizes_and_durations_are_readable():
-    assert [format_bytes(n) for n in (0, 213 << 20, 1_000 << 20, 3 << 29)] == [
-        "0 MiB",
+    assert [format_bytes(n) for n in (0, 12_345, 213 << 20, 1_000 << 20, 3 << 29)] == [
+        "0 KiB",
+        "12 KiB",
         "213 MiB",
         "1,000 MiB",
         "1.5 GiB",

@@ -37,7 +37,7 @@ def errors_as_messages() -> Iterator[None]:
     except Interrupted as error:  # the run has said so itself
         sys.exit(error.exit_code)
     except VaejaxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -47,7 +47,7 @@ def errors_as_messages() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:  # a disk that is full, a file that may not be read
         where = f"{printable(error.filename)}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {where}{printable(error.strerror or str(error))}", file=sys.stderr)
         sys.exit(StorageError.exit_code)
 
 
@@ -190,6 +190,7 @@ def main() -> None:
         | Annotated[commands.FitPrior, tyro.conf.subcommand("fit-prior")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[commands.Export, tyro.conf.subcommand("export")]
         | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[commands.Compare, tyro.conf.subcommand("compare")]
         | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
@@ -202,6 +203,7 @@ def main() -> None:
         commands.FitPrior: commands.fit_prior,
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
+        commands.Export: commands.export,
         commands.Evaluate: commands.evaluate,
         commands.Compare: commands.compare,
         commands.Summary: commands.summary,

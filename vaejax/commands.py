@@ -1,13 +1,16 @@
 """The commands of `vaejax`: the flags of each as a dataclass, and what it does as a function."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import tyro
 
+from vaejax import terminal
 from vaejax.errors import UserError
 
 # JAX and the rest are imported by the commands that need them: --help and a mistake answer at once.
@@ -75,6 +78,15 @@ class Reconstruct:
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
     out: Path = Path("reconstructions.png")  # the picture
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained run as ONNX networks, safetensors and a model card."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    out: Path  # a new folder
+    half: bool = False  # store weights as float16: half the size, images differ by less than 0.001
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,7 @@ def sample(command: Sample) -> None:
     from vaejax.training import prior
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     name = command.prior or prior.default_name(loaded)
     steps, condition = command.sampler_steps, command.condition
     chosen = prior.load(loaded, name, steps=steps, condition=condition)
@@ -161,7 +174,9 @@ def sample(command: Sample) -> None:
         faces.append(np.asarray(generate.decode(params, batch_stats, z, model=loaded.model)))
     columns = max(1, round(len(seeds) ** 0.5))
     pictures.save_png(command.out, pictures.grid(np.concatenate(faces), columns=columns))
-    print(f"{len(seeds)} new faces from the {name} prior: {command.out}")
+    step = f"update {loaded.weights.step:,}"
+    noun = "face" if len(seeds) == 1 else "faces"
+    print(f"{len(seeds)} new {noun} from the {name} prior after {step}: {command.out}")
 
 
 def fit_prior(command: FitPrior) -> None:
@@ -169,7 +184,7 @@ def fit_prior(command: FitPrior) -> None:
     require_counts(command, "steps", "width", "depth")
     from dataclasses import replace
 
-    from vaejax.training import devices, prior, run
+    from vaejax.training import devices, flow_prior, prior, run
     from vaejax.training.guards import SignalGuard
 
     loaded = load(command.run)
@@ -185,9 +200,9 @@ def fit_prior(command: FitPrior) -> None:
     )
     loaded = loaded._replace(spec=replace(loaded.spec, schedule=chosen))
     with run.locked(loaded.folder), SignalGuard().listening() as signals:
-        prior.fit(loaded, prior.Resources(devices.choose(), signals))
+        prior.fit(loaded, flow_prior.Resources(devices.choose(), signals))
         run.write_spec(loaded.folder, loaded.spec)
-    print(f"{loaded.folder} has a {name} prior: `vaejax sample {command.run}` draws from it")
+    print(f"{loaded.folder} has a {name} prior: `vaejax sample {quote(command.run)}` draws from it")
 
 
 def denoise(command: Denoise) -> None:
@@ -195,19 +210,20 @@ def denoise(command: Denoise) -> None:
     if not 0 <= command.seed < 2**32:
         raise UserError(f"--seed {command.seed}: must be from 0 to 4294967295")
     refuse_no_image(command.images)
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     import jax
     import numpy as np
 
     from vaejax import generate, pictures
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     model = loaded.model
     if not model.denoises:
         raise UserError(
             f"{command.run} is a {model.title}, which was not trained to remove noise: see what "
-            f"it makes of your images with `vaejax reconstruct {command.run} IMAGE...`, or train a "
-            "denoising autoencoder with experiments/denoising.py"
+            f"it makes of your images with `vaejax reconstruct {quote(command.run)} IMAGE...`, or "
+            "train a denoising autoencoder with experiments/denoising.py"
         )
     clean = inputs = read_images(command.images, size=model.size)
     if command.add_noise:
@@ -225,10 +241,11 @@ def denoise(command: Denoise) -> None:
 def reconstruct(command: Reconstruct) -> None:
     """Write a picture of images above their reconstructions."""
     refuse_no_image(command.images)
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     from vaejax import pictures
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     images = read_images(command.images, size=loaded.model.size)
     pictures.save_png(command.out, pictures.stack_rows([images, reconstruct_all(loaded, images)]))
     print(f"{len(images)} images above their reconstructions: {command.out}")
@@ -242,11 +259,13 @@ def read_images(paths: Sequence[Path], *, size: int):
     import numpy as np
 
     from vaejax.data.decode import Refused, decode, resize
+    from vaejax.data.sources import MAX_BYTES
+    from vaejax.files import read_bytes
 
     images = []
     for path in paths:
         try:
-            images.append(resize(decode(path.read_bytes()), size))
+            images.append(resize(decode(read_bytes(path, max_bytes=MAX_BYTES, links=True)), size))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except Refused as refused:
@@ -283,6 +302,22 @@ def doctor(_: Doctor) -> None:
         print(line, flush=True)
 
 
+def export(command: Export) -> None:
+    """Write the folder of a run's export, and list its files."""
+    from vaejax.training import publish
+
+    publish.refuse_used(command.out)
+    files, metadata = publish.contents(load(command.run), half=command.half)
+    publish.write(command.out, files)
+    for name, data in files.items():
+        print(f"{len(data) / 1e6:8.2f} MB  {command.out / name}")
+    match metadata["prior"]:
+        case None:
+            print(f"No prior.onnx: {command.run} has no prior, and draws no new faces.")
+        case {"kind": "normal"}:
+            print("No prior.onnx: the latents of new faces are standard normal.")
+
+
 def evaluate(command: Evaluate) -> None:
     """Evaluate a run; write its tables and pictures, and print the tables."""
     require_counts(command, "samples", "bound_images", "bound_samples")
@@ -291,11 +326,12 @@ def evaluate(command: Evaluate) -> None:
     from vaejax.evaluation import features, tables
     from vaejax.evaluation.evaluate import EvaluationConfig, load_run
     from vaejax.evaluation.evaluate import evaluate as evaluate_run
-    from vaejax.training import devices, run
+    from vaejax.training import devices, run, visualize
 
     devices.configure()
     folder = run.find(command.run)
     run.refuse_unwritable(folder)
+    run.refuse_links(folder)
     trained_run = load_run(folder, command.split, prior=command.prior)
     network, missing = None, ""
     try:
@@ -316,7 +352,9 @@ def evaluate(command: Evaluate) -> None:
     )
     evaluation = evaluate_run(trained_run, config, network, missing_features=missing)
     tables.write(folder, evaluation)
-    print("\n".join(tables.to_text(evaluation.json)))
+    if status := run.last_status(folder):
+        visualize.write_readme(folder, run.read_spec(folder), status)
+    print_lines(tables.to_text(evaluation.json, terminal.width(sys.stdout)))
     print(f"With pictures: {folder / 'evaluation.md'}")
 
 
@@ -326,14 +364,18 @@ def compare(command: Compare) -> None:
         raise UserError("no run was named: name one or more")
     if command.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {command.out}: the page is HTML, its name must end in .html")
+    if os.path.isdir(command.out):
+        raise UserError(f"--out {command.out} is a folder: name a file in it, such as compare.html")
     from vaejax.evaluation import compare
     from vaejax.files import write_text
-    from vaejax.training.run import refuse_unwritable
+    from vaejax.training.run import refuse_output, refuse_unwritable
 
     refuse_unwritable(command.out.parent)
     evaluated = [compare.read_run(name) for name in command.runs]
+    sources = [r.spec.schedule.source for r in evaluated]
+    refuse_output(command.out, inputs=sources)
     evaluations, remarks = compare.comparable(evaluated)
-    print("\n".join(compare.to_text(evaluations, remarks)))
+    print_lines(compare.to_text(evaluations, remarks, terminal.width(sys.stdout)))
     write_text(command.out, compare.page(evaluated, evaluations, remarks))
     print(f"With pictures: {command.out}")
 
@@ -342,7 +384,7 @@ def runs(_: Runs) -> None:
     """Print the table of all runs."""
     from vaejax import doctor
 
-    print(doctor.runs())
+    print(doctor.runs(terminal.width(sys.stdout)))
 
 
 def load(name: str):
@@ -385,12 +427,29 @@ def refuse_no_image(paths: Sequence[Path]) -> None:
         raise UserError("no image was named: name one or more after the run")
 
 
-def refuse_no_picture(path: Path) -> None:
-    """UserError unless a PNG can be written there."""
-    from vaejax.training.run import refuse_unwritable
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines that hold texts from files, which may be a stranger's."""
+    from vaejax.files import printable
+
+    for line in lines:
+        print(printable(line))
+
+
+def refuse_output_of(path: Path, loaded) -> None:
+    """Raise UserError for a picture that would lie among the images of a run, or be one of them."""
+    from vaejax.training.run import refuse_output
+
+    schedule = loaded.spec.schedule
+    refuse_output(path, inputs=[schedule.source, schedule.prepared])
+
+
+def refuse_no_picture(path: Path, *, inputs: Sequence[Path] = ()) -> None:
+    """Raise UserError unless a PNG can be written there, which is not one of the inputs."""
+    from vaejax.training.run import refuse_output, refuse_unwritable
 
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
     if os.path.isdir(path):
         raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
     refuse_unwritable(path.parent)
+    refuse_output(path, inputs=inputs)

@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import vaejax
-from vaejax import kernels, losses
+from vaejax import kernels, losses, terminal
+from vaejax.cache import cache_folder
 from vaejax.errors import UserError
-from vaejax.files import cache_folder
+from vaejax.files import printable
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models import summary as layers
@@ -69,23 +70,19 @@ def _experiment(name: str) -> Path | None:
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def runs() -> str:
-    """Return a table of every run below `runs/`: status, progress, held-out metrics, size."""
-    table: list[tuple[str, ...]] = [
-        ("run", "state", "epoch", "updates", "held out", "size", "changed")
-    ]
+def runs(columns: int | None = None) -> str:
+    """Return a table of every run below `runs/`: status, progress, held-out metrics, size; for a
+    terminal of so many columns."""
+    table = [["run", "state", "epoch", "held out", "changed", "size", "updates"]]
     for folder in run.numbered():
         try:
-            table.append(_row(folder))
-        except UserError as error:
-            table.append((folder.name, "unreadable", "", "", str(error), "", ""))
+            row = _row(folder)
+        except (UserError, OSError) as error:
+            row = (folder.name, "unreadable", "", str(error), "", "", "")
+        table.append([printable(cell) for cell in row])  # the run may be a stranger's
     if len(table) == 1:
         return f"there is no run in {run.ROOT.absolute()} yet"
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    )
+    return "\n".join(terminal.table(table, left=range(len(table[0])), columns=columns))
 
 
 def _row(folder: Path) -> tuple[str, ...]:
@@ -99,10 +96,10 @@ def _row(folder: Path) -> tuple[str, ...]:
         folder.name,
         run.actual_status(folder),
         f"{-(-done // schedule.updates_per_epoch)}/{schedule.epochs}",
-        f"{done:,}/{schedule.updates:,}",
         "  ".join(metrics),
-        format_bytes(_bytes(folder)),
         changed,
+        format_bytes(_bytes(folder)),
+        f"{done:,}/{schedule.updates:,}",
     )
 
 
@@ -112,7 +109,7 @@ def _bytes(folder: Path) -> int:
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += os.stat(os.path.join(path, name)).st_size
+                total += os.lstat(os.path.join(path, name)).st_size
     return total
 
 
@@ -139,7 +136,7 @@ def doctor() -> Iterator[str]:
             if devices.count == 1
             else "XLA's, since there are several devices"
         )
-    for what, folder in (("runs", run.ROOT), ("cache", cache_folder())):
+    for what, folder in (("runs", run.ROOT), ("cache", cache_folder(make=False))):
         nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         usage = shutil.disk_usage(nearest)
         state = "" if os.access(nearest, os.W_OK) else ", and it cannot be written"

@@ -5,11 +5,15 @@ a row here: tables, curves, the progress line, the run's README and `vaejax runs
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from vaejax.files import open_regular
+
 Place = Literal["progress", "epoch", "readme", "curves", "runs", "evaluation"]
+MISSING = "–"  # in a table, for a metric that was not measured
 Direction = Literal["higher", "lower", "1", "0", ""]  # or nearer to 1 or 0; "": neither
 
 
@@ -18,6 +22,17 @@ class Estimate(NamedTuple):
 
     value: float
     error: float | None = None  # standard error, or standard deviation over groups of images
+
+
+def format_estimate(estimate: Mapping[str, Any] | None) -> str:
+    """Format a metric with two digits of its error, or with five digits if it has none."""
+    if estimate is None:
+        return MISSING
+    value, error = estimate["value"], estimate["error"]
+    if not error:
+        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    digits = max(0, 1 - math.floor(math.log10(abs(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 class Metric(NamedTuple):
@@ -161,17 +176,22 @@ def shown_in(place: Place) -> dict[str, Metric]:
 
 # metrics.jsonl ------------------------------------------------------------------------------------
 
+MAX_LINE_BYTES, MAX_FILE_BYTES = 1 << 20, 1 << 30  # a line has a kilobyte
+
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every line of a `metrics.jsonl` with its parsed content.
 
     Lines that a kill or a full disk has cut off, and damaged ones, are left out; nothing is yielded
-    if there is no such file.
+    if there is no such file. Raises OSError for anything but a regular file, and a huge one.
     """
-    if not path.exists():
+    try:
+        file = open_regular(path, max_bytes=MAX_FILE_BYTES)
+    except FileNotFoundError:
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with file:
+        while data := file.readline(MAX_LINE_BYTES):
+            line = data.decode(errors="replace")
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

@@ -5,12 +5,13 @@ atomically.
 """
 
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,12 +20,16 @@ from typing import IO
 import imageio_ffmpeg
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from vaejax.files import atomic
+from vaejax.files import atomic, printable, read_bytes
+
+MAX_PNG_BYTES, MAX_PNG_PIXELS = 256 << 20, 50_000_000  # of a picture that is read
 
 Images = UInt8[np.ndarray, "n h w c"]
 Picture = UInt8[np.ndarray, "H W c"]
+
+CAPTION_HEIGHT = 20  # pixels below each frame of a film
 
 
 def grid(images: Images, *, columns: int, gap: int = 2, background: int = 255) -> Picture:
@@ -76,6 +81,32 @@ def save_png(path: Path, picture: Picture) -> None:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
+def encode_png(picture: Picture) -> bytes:
+    """Return a picture as a PNG file: its pixels, and nothing else."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()
+
+
+def read_png(path: Path) -> Image.Image:
+    """Read a PNG file that anybody may have put there.
+
+    Raises OSError for anything but a regular file of bounded size, ValueError for one that is no
+    PNG, damaged, or of more than 50 megapixels.
+    """
+    data = read_bytes(path, max_bytes=MAX_PNG_BYTES)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        if picture.width * picture.height > MAX_PNG_PIXELS:  # before anything is decoded
+            raise ValueError("it has more than 50 megapixels")
+        picture.load()
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises many types of exceptions for damaged files
+        raise ValueError("it is no undamaged PNG") from error
+    return picture
+
+
 # Films --------------------------------------------------------------------------------------------
 
 
@@ -84,10 +115,11 @@ def film(
     *,
     mp4: Path,
     gif: Path,
+    captions: Sequence[str] = (),
     seconds: float = 12,
     max_frames: int = 200,
 ) -> None:
-    """Write PNG files of equal size as an MP4 and a GIF of about `seconds`.
+    """Write PNG files of equal size as an MP4 and a GIF of about `seconds`, each above its caption.
 
     The last frame stays for two seconds. Of more than `max_frames` files, evenly spaced ones are
     shown, always with the first and the last. Damaged files and those of another size are left out
@@ -96,14 +128,17 @@ def film(
 
     Raises OSError if a file cannot be written.
     """
+    caption = dict(zip(frames, captions, strict=True)) if captions else {}
     frames, size = _frames_of_equal_size(frames)
     if not frames:
         return
     if len(frames) > max_frames:
         frames = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, max_frames)]
     rate = min(max(len(frames) / seconds, 2.0), 25.0)  # frames a second
-    _write_mp4(mp4, frames, size=size, rate=rate)
-    _write_gif(gif, frames, rate=rate)
+    if caption:
+        size = size[0], size[1] + CAPTION_HEIGHT
+    _write_mp4(mp4, _read(frames, caption), size=size, rate=rate)
+    _write_gif(gif, _read(frames, caption), count=len(frames), rate=rate)
 
 
 def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int, int]]:
@@ -113,16 +148,12 @@ def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int
     """
     sizes: dict[Path, tuple[int, int]] = {}
     for frame in frames:
-        try:
-            with Image.open(frame) as picture:
-                picture.load()
-                sizes[frame] = picture.size
-        except Exception:  # Pillow raises many types of exceptions for damaged files
-            continue
+        with suppress(OSError, ValueError):
+            sizes[frame] = read_png(frame).size
     size = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
     usable = [frame for frame in frames if sizes.get(frame) == size]
     if unusable := [frame for frame in frames if frame.exists() and frame not in usable]:
-        names = ", ".join(frame.name for frame in unusable[:5])
+        names = ", ".join(printable(frame.name) for frame in unusable[:5])
         print(
             f"warning: {len(unusable)} of {len(frames)} pictures are damaged or of another size, "
             f"and are left out of the film: {names}{', …' if len(unusable) > 5 else ''}",
@@ -131,31 +162,43 @@ def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int
     return usable, size
 
 
-def _read(frames: Sequence[Path]) -> Iterator[Image.Image]:
-    """Yield the pictures one by one, so that only one is in memory."""
+def _read(frames: Sequence[Path], captions: Mapping[Path, str]) -> Iterator[Image.Image]:
+    """Yield the pictures one by one, so that only one is in memory, above their captions."""
     for frame in frames:
-        with Image.open(frame) as picture:
-            yield picture.convert("RGB")
+        rgb = read_png(frame).convert("RGB")
+        yield _captioned(rgb, captions[frame]) if captions else rgb
 
 
-def _write_mp4(path: Path, frames: Sequence[Path], *, size: tuple[int, int], rate: float) -> None:
+def _captioned(picture: Image.Image, caption: str) -> Image.Image:
+    width, height = picture.size
+    whole = Image.new("RGB", (width, height + CAPTION_HEIGHT), "white")
+    whole.paste(picture)
+    font = ImageFont.load_default(CAPTION_HEIGHT * 2 // 3)
+    center = width / 2, height + CAPTION_HEIGHT / 2
+    ImageDraw.Draw(whole).text(center, caption, fill="black", font=font, anchor="mm")
+    return whole
+
+
+def _write_mp4(
+    path: Path, frames: Iterable[Image.Image], *, size: tuple[int, int], rate: float
+) -> None:
     with atomic(path) as partial, _ffmpeg(partial, size=size, rate=rate) as pipe:
         pixels = b""
-        for picture in _read(frames):
+        for picture in frames:
             pixels = picture.tobytes()
             pipe.write(pixels)
         for _ in range(max(1, round(2 * rate))):  # two seconds
             pipe.write(pixels)
 
 
-def _write_gif(path: Path, frames: Sequence[Path], *, rate: float) -> None:
+def _write_gif(path: Path, frames: Iterable[Image.Image], *, count: int, rate: float) -> None:
     def quantize(picture: Image.Image) -> Image.Image:
         picture.thumbnail((512, 512))
         # without dithering, whose noise would flicker from frame to frame
         return picture.quantize(256, dither=Image.Dither.NONE)
 
-    pictures = map(quantize, _read(frames))
-    durations = [1000 / rate] * (len(frames) - 1) + [2000.0]  # milliseconds
+    pictures = map(quantize, frames)
+    durations = [1000 / rate] * (count - 1) + [2000.0]  # milliseconds
     with atomic(path) as partial:
         next(pictures).save(
             partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0

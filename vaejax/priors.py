@@ -7,6 +7,7 @@ model's decoder takes it. A temperature below 1 draws nearer to the average face
 
 import math
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ from scipy.special import logsumexp as logsumexp_numpy
 
 from vaejax import flow
 from vaejax.errors import UserError
-from vaejax.files import atomic
+from vaejax.files import atomic, open_regular
 from vaejax.models.autoencoder import Autoencoder, latent_spec
 
 PriorName = Literal["normal", "mixture", "flow"]
 FORMAT = "vaejax mixture 1"
 FOLDER = "priors"  # in the run's folder
+MAX_FILE_BYTES = 1 << 30  # of a mixture
 
 CANDIDATES = 1, 2, 5, 10, 20, 50  # numbers of a mixture's components to choose from
 IMAGES_PER_COMPONENT = 50  # at least
@@ -334,7 +336,11 @@ def save(mixture: Mixture, run: Path, *, digest: str) -> None:
 def load(run: Path, *, digest: str, latents: int) -> Mixture | None:
     """Read a run's mixture; None if there is none, or it is damaged or of other weights."""
     try:
-        with (run / FOLDER / "mixture.npz").open("rb") as file, np.load(file) as arrays:
+        path = run / FOLDER / "mixture.npz"
+        with open_regular(path, max_bytes=MAX_FILE_BYTES) as file, np.load(file) as arrays:
+            # `save` packs nothing: a small file holds nothing large
+            if any(member.compress_type != zipfile.ZIP_STORED for member in arrays.zip.infolist()):
+                return None
             if (str(arrays["format"]), str(arrays["digest"])) != (FORMAT, digest):
                 return None
             mixture = Mixture(*(arrays[name] for name in Mixture._fields))

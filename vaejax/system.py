@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -68,8 +69,10 @@ def process_memory() -> int:
 
 
 def format_bytes(n: int) -> str:
-    """Format a number of bytes: "1.5 GiB" or "213 MiB"."""
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:,.0f} MiB"
+    """Format a number of bytes: "1.5 GiB", "213 MiB" or "12 KiB"."""
+    if n >= 2**30:
+        return f"{n / 2**30:.1f} GiB"
+    return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n / 2**10:,.0f} KiB"
 
 
 def format_duration(seconds: float) -> str:
@@ -96,6 +99,21 @@ def processor_id() -> str:
     facts = {line for line in lines if line.partition(":")[0].strip() in kinds}
     words = "\n".join([platform.machine(), platform.processor(), *sorted(facts)])
     return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
+@cache
+def source_commit() -> str:
+    """Return the git commit of vaejax' source, with "-dirty" if files differ; "" outside of git."""
+    command = ["git", "-C", str(Path(vaejax.__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    # in a user's own repository a folder of installed packages is ignored: it has no commit of ours
+    tracked = subprocess.run(
+        [*command[:3], "ls-files", "--error-unmatch", "__init__.py"], capture_output=True
+    )
+    return found.stdout.strip() if found.returncode == tracked.returncode == 0 else ""
 
 
 def versions() -> dict[str, str]:

@@ -343,3 +343,90 @@ def test_forged_metadata_with_a_valid_seal_do_no_worse_than_an_error(
             outcomes.add("an error")
         (copy / "dataset_report.json").unlink()
     assert outcomes == {"images", "an error"}
+
+
+# A stranger's set
+
+
+def sealed(folder: Path, **changes: dict[str, Any]) -> None:
+    """The report with other entries, as whoever made it would have sealed it."""
+    report = read_dataset_report(folder)
+    for field, entries in changes.items():
+        report = {**report, field: {**report[field], **entries}}
+    report["sha256"] = records._hash_report(report)
+    (folder / "dataset_report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("field", ["files", "metadata"])
+@pytest.mark.parametrize(
+    "name", ["../mine", "/etc/passwd", "records/../../mine", "link", "in/mine"]
+)
+def test_no_name_in_a_report_leads_out_of_the_set(copy: Path, field: str, name: str):
+    mine = copy.parent / "mine"
+    mine.write_text("12345")
+    (copy / "link").symlink_to(mine)
+    (copy / "in").symlink_to(copy.parent)
+    sealed(copy, **{field: {name: 1}})
+    for use in (lambda: records.check(copy), lambda: Images(copy, "train")):
+        with pytest.raises(
+            UserError, match=r"names a file, and .*(leads out|no name|link)"
+        ) as error:
+            use()
+        assert "5 bytes" not in str(error.value)  # how large it is, is nobody's business
+
+
+def test_a_pipe_or_a_huge_file_among_the_metadata_is_not_read(copy: Path):
+    os.mkfifo(copy / "pipe")
+    with (copy / "huge").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("pipe", "huge"):
+        sealed(copy, metadata={"pipe": "0", name: "0"})
+        with pytest.raises(UserError, match="is not as it was written"):
+            records.check(copy)
+
+
+def test_metadata_that_the_report_leaves_out_are_not_read(copy: Path):
+    report = {**read_dataset_report(copy), "metadata": {}}
+    report["sha256"] = records._hash_report(report)
+    (copy / "dataset_report.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=r"records/.*\.json is not as it was written"):
+        builder(copy)
+
+
+def test_records_are_files_of_the_set(copy: Path):
+    info = copy / "records" / "dataset_info.json"
+    elsewhere = copy.parent / "elsewhere-train.array_record-00000-of-00001"
+    shutil.move(next(copy.glob("records/*train*")), elsewhere)
+    changed = json.loads(info.read_text())
+    for split in changed["splits"]:
+        if split["name"] == "train":
+            split["filepathTemplate"] = "../../elsewhere-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info.write_text(json.dumps(changed))
+    report = read_dataset_report(copy)
+    (copy / "dataset_report.json").unlink()
+    (copy / "dataset_report.json").write_text(json.dumps(records.seal(report, copy)))
+    with pytest.raises(UserError, match=r"its metadata (name records/\.\./\.\./|cannot be read)"):
+        builder(copy)
+    with pytest.raises(UserError, match="its metadata cannot be used"):
+        Images(copy, "train")
+
+
+def test_a_cached_set_is_that_of_the_listing(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = make(faces)
+    assert find_prepared(faces, size=16) == (folder, 60)
+    report = read_dataset_report(folder)
+    for change in (
+        {"listing": "0" * 64},
+        {"accepted": 59},
+        {"accepted": 59, "refused": [{"path": "never there", "reason": ""}]},
+        {"refused": None},
+    ):
+        forged = {**report, **change}
+        forged["sha256"] = records._hash_report(forged)
+        (folder / "dataset_report.json").write_text(json.dumps(forged))
+        for use in (lambda: make(faces), lambda: find_prepared(faces, size=16)):
+            with pytest.raises(UserError, match="holds another prepared set"):
+                use()

@@ -234,7 +234,7 @@ def test_files_that_change_after_the_listing_are_refused_and_the_others_read(
         {"path": "002.png", "reason": "empty file"},
         {"path": "003.png", "reason": "too large: more than 256 MB"},
         {"path": "004.png", "reason": "not a regular file"},
-        {"path": "005.png", "reason": "unreadable"},
+        {"path": "005.png", "reason": "not a regular file"},
         {"path": "006.png", "reason": "not a regular file"},
         {"path": "007.png", "reason": "not an image"},
     ]

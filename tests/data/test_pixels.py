@@ -84,8 +84,8 @@ def test_a_file_of_other_images_is_an_error(tmp_path: Path):
     report = records._read_report(folders[1] / records.REPORT)
     (folders[1] / records.REPORT).unlink()
     write_json(folders[1] / records.REPORT, records.seal(report, folders[1]))
-    with pytest.raises(UserError, match="it is of other images"):
-        Images(folders[1], "train").read(np.arange(20))
+    with pytest.raises(UserError, match="its metadata cannot be used"):
+        Images(folders[1], "train")
 
 
 def test_an_index_that_does_not_exist_is_no_image(tmp_path: Path):

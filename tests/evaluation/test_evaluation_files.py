@@ -1,12 +1,15 @@
 """The files of an evaluation show what it has computed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vaejax import pictures, plots
+from vaejax.errors import UserError
 from vaejax.evaluation import tables
 
 
@@ -40,3 +43,22 @@ def test_pictures_show_the_arrays_of_the_evaluation(written: Path, evaluation, t
     plots.rates(arrays.rate_per_dimension, tmp_path / "rates.png")
     drawn = (written / "evaluation" / "rates.png").read_bytes()
     assert drawn == (tmp_path / "rates.png").read_bytes()
+
+
+def test_an_evaluation_is_not_written_into_what_a_link_leads_to(
+    trained: Path, evaluation, tmp_path: Path
+):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    (tmp_path / "mine").mkdir()
+    (folder / "evaluation").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="evaluation in it is a link"):
+        tables.write(folder, evaluation)
+    (folder / "evaluation").unlink()
+    mine = tmp_path / "mine" / "file"
+    mine.write_text("mine")
+    for name in ("evaluation.json", "evaluation.md"):
+        (folder / f".partial-{name}").symlink_to(mine)
+        (folder / name).symlink_to(mine)
+    tables.write(folder, evaluation)
+    assert mine.read_text() == "mine"
+    assert json.loads((folder / "evaluation.json").read_text()) == evaluation.json

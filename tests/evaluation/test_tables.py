@@ -43,15 +43,6 @@ def test_sets_of_several_priors_stand_beside_each_other():
     ]
 
 
-def test_columns_are_aligned():
-    rows = [["", "a", "unit"], ["metric", "1.5", ""], ["m", "10", "dB"]]
-    assert tables.align(rows, left=(0, -1)) == [
-        "            a  unit",
-        "  metric  1.5",
-        "  m        10  dB",
-    ]
-
-
 def test_a_bar_does_not_end_a_cell():
     assert tables.to_markdown(["", "meaning"], [["kl", "q(z|x)"]]) == [
         "|  | meaning |",

@@ -136,6 +136,7 @@ def test_own_faces_are_trained_on_by_the_notebooks_recipe_and_the_same_command_r
     assert not names & {"samples", "faces.png"}
     pictures = {path.name for path in (folder / "reconstructions").iterdir()}
     assert pictures >= {"epoch-0001-begin.png", "epoch-0001-end.png", "epoch-0002-end.png"}
+    assert "epoch-0002-begin.png" not in pictures  # it would be what epoch 1 ended with
     readme = (folder / "README.md").read_text()
     assert "vaejax sample" not in readme
     assert ("with noise, what the model makes of them" in readme) == (name == "denoising")

@@ -13,7 +13,7 @@ from vaejax.distributions import Normal
 from vaejax.errors import UserError
 from vaejax.models import autoencoder, residual, summary
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.models.layers import GroupNorm
+from vaejax.models.layers import GroupNormSilu
 from vaejax.models.residual import ResidualBlock, ResidualVAE, SpatialVAE, depth_to_space
 from vaejax.models.residual import space_to_depth as to_depth
 
@@ -32,7 +32,7 @@ block_2x_1 | Residual block 48 | 16 16 48 | 41760
 to_1x | Dense 96 | 8 8 96 | 18528
 block_1x_1 | Residual block 96 | 8 8 96 | 166464
 block_1x_2 | Residual block 96 | 8 8 96 | 166464
-norm | Group norm 8 | 8 8 96 | 192
+norm | Group norm 8, SiLU | 8 8 96 | 192
 squeeze | Dense 24 | 8 8 24 | 2328
 posterior | Dense 128 | 128 | 196736
 style | Dense 384 | 384 | 24960
@@ -43,7 +43,7 @@ to_2x | Dense 192 | 8 8 192 | 18624
 block_2x_1 | Residual block 48 | 16 16 48 | 115680
 to_4x | Dense 96 | 16 16 96 | 4704
 block_4x_1 | Residual block 24 | 32 32 24 | 47472
-norm | Group norm 8 | 32 32 24 | 48
+norm | Group norm 8, SiLU | 32 32 24 | 48
 output | Conv 12, stride 1 | 32 32 12 | 2604
 """
 
@@ -250,19 +250,29 @@ def test_its_gradient_agrees_with_finite_differences(model: Autoencoder):
 # Group norm ---------------------------------------------------------------------------------------
 
 
+def random_like(tree, key: jax.Array):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    random = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, random)
+
+
 def test_group_norm_is_that_of_flax():
     x = 3 * jax.random.normal(jax.random.key(0), (3, 7, 5, 48)) + 20
-    ours, flax = GroupNorm(8), nn.GroupNorm(8)
-    variables = flax.init(jax.random.key(1), x)
-    keys = iter(jax.random.split(jax.random.key(2), 2))
-    random = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), variables)
-    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(
-        jnp.shape, variables
-    )
-    np.testing.assert_allclose(ours.apply(random, x), flax.apply(random, x), atol=2e-4)
+    ours, flax = GroupNormSilu(8), nn.GroupNorm(8)
+    shapes = jax.eval_shape(flax.init, jax.random.key(1), x)
+    assert jax.eval_shape(ours.init, jax.random.key(1), x) == shapes
+    random = random_like(shapes, jax.random.key(2))
+    expected = flax.apply(random, x)
+    np.testing.assert_allclose(ours.apply(random, x), nn.silu(expected), atol=2e-4)
+    modulation = jax.random.normal(jax.random.key(3), (3, 2, 48))
+    a, b = modulation[:, None, None, 0], modulation[:, None, None, 1]
+    expected = nn.silu(expected * (1 + a) + b)
+    np.testing.assert_allclose(ours.apply(random, x, modulation), expected, atol=1e-3)
 
 
 def test_a_constant_group_is_normed_to_its_bias():
     x = jnp.full((2, 4, 4, 16), 0.7)
-    normed = GroupNorm(8).apply({"params": {"scale": jnp.ones(16), "bias": jnp.arange(16.0)}}, x)
-    np.testing.assert_allclose(normed, jnp.broadcast_to(jnp.arange(16.0), x.shape), atol=1e-2)
+    bias = jnp.arange(16.0)
+    normed = GroupNormSilu(8).apply({"params": {"scale": jnp.ones(16), "bias": bias}}, x)
+    np.testing.assert_allclose(normed, jnp.broadcast_to(nn.silu(bias), x.shape), atol=1e-2)

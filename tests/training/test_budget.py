@@ -11,9 +11,8 @@ from test_latents import LatentImage
 from vaejax import losses
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
-from vaejax.training import budget, checkpoint, fit, plan, run
+from vaejax.training import budget, checkpoint, fit, flow_prior, plan, run
 from vaejax.training import devices as dev
-from vaejax.training import prior as run_prior
 from vaejax.training.config import Config, Recipe, resolve
 
 UPDATE, FLOW, VALIDATING, ENCODING, COMPILING = 0.05, 0.02, 0.01, 0.002, 6.0
@@ -48,7 +47,7 @@ def speed(monkeypatch: pytest.MonkeyPatch):
     """A machine of known speed."""
     measured = plan.Measured(COMPILING, UPDATE, 0, 0, True)
     monkeypatch.setattr(plan, "measure", lambda *_, **__: measured)
-    monkeypatch.setattr(run_prior, "measure", lambda *_, **__: FLOW)
+    monkeypatch.setattr(flow_prior, "measure", lambda *_, **__: FLOW)
     seconds = VALIDATING, ENCODING
     monkeypatch.setattr(budget, "_seconds_an_image", lambda *_, **__: seconds)
 

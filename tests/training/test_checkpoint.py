@@ -15,8 +15,9 @@ from test_fit import MODEL, RECIPE, digest, leave, train
 from vaejax import commands, doctor
 from vaejax.data import batches as data_batches
 from vaejax.errors import CheckpointError, UserError, VaejaxError
+from vaejax.files import partial_name
 from vaejax.system import versions
-from vaejax.training import checkpoint, devices, fit, run, visualize
+from vaejax.training import checkpoint, devices, finish, run, visualize
 from vaejax.training.checkpoint import Checkpoint
 from vaejax.training.step import TrainState, init
 
@@ -248,14 +249,17 @@ def _raise(error: Exception, *_: object) -> None:
 def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
     folder: Path, data: Path
 ):
-    half = folder / "checkpoints" / ".partial-0000099"
+    half = folder / "checkpoints" / partial_name("0000099")
     shutil.copytree(checkpoint.path(folder, 18), half)
     shutil.copytree(half, half.with_name(half.name + ".orbax-checkpoint-tmp"))
+    mine = folder / "checkpoints" / ".partial-notes"  # which no save has left
+    mine.mkdir()
     leave(folder, "stopped")
     assert newest(folder).step == 18
     train(data, folder)
     assert checkpoint.steps(folder) == [7, 14, 18]
-    assert sorted(path.name[0] for path in (folder / "checkpoints").iterdir()) == ["0", "0", "0"]
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert sorted(names) == [mine.name, "0000007", "0000014", "0000018"]
 
 
 def test_other_versions_are_one_warning(
@@ -266,7 +270,7 @@ def test_other_versions_are_one_warning(
     assert "other versions" not in capsys.readouterr().err
     leave(folder, "stopped")
     now = versions()
-    monkeypatch.setattr(fit, "versions", lambda: {**now, "flax": "99.0"})
+    monkeypatch.setattr(finish, "versions", lambda: {**now, "flax": "99.0"})
     train(data, folder)
     assert capsys.readouterr().err.count(f"flax {now['flax']} → 99.0") == 1
 

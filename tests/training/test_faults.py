@@ -28,8 +28,7 @@ from test_fit import PROGRAM, RECIPE, Flags, after_steps, digest, leave, lines, 
 from vaejax import losses
 from vaejax.data.batches import Images, stream
 from vaejax.errors import DivergedError, MemoryLowError, StorageError, UserError
-from vaejax.training import checkpoint, run
-from vaejax.training import fit as fit_module
+from vaejax.training import checkpoint, finish, run
 from vaejax.training.config import resolve
 from vaejax.training.fit import fit
 from vaejax.training.logger import MetricsWriter
@@ -240,7 +239,7 @@ def test_a_folder_that_takes_nothing_is_refused_with_the_code_of_the_disk(
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fit_module, "Logger", full_disk)
+    monkeypatch.setattr(finish, "Logger", full_disk)
     with pytest.raises(StorageError, match="No space left") as caught:
         train(data, tmp_path / "run", steps=1)
     assert caught.value.exit_code == 5
@@ -367,7 +366,7 @@ def test_a_run_that_diverges_ends_two_updates_later(data: Path, tmp_path: Path):
 def test_held_out_metrics_that_are_not_finite_end_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fit_module, "validate", lambda *_, **__: {"mse": float("nan")})
+    monkeypatch.setattr(finish, "validate", lambda *_, **__: {"mse": float("nan")})
     with pytest.raises(DivergedError, match="held-out images' mse is nan"):
         train(data, tmp_path / "run")
 

@@ -92,7 +92,7 @@ def test_a_run_leaves_the_folder_that_it_promises(complete_run: Path):
     names = {path.name for path in complete_run.iterdir()}
     assert names >= {"README.md", "config.json", "run.json", "metrics.jsonl", "curves.png"}
     assert names >= {"learning.mp4", "learning.gif", "faces.png", "tensorboard", "checkpoints"}
-    samples = [f"epoch-{e:04}-{when}.png" for e in (1, 2, 3) for when in ("begin", "end")]
+    samples = ["epoch-0001-begin.png", *(f"epoch-{e:04}-end.png" for e in (1, 2, 3))]
     assert sorted(path.name for path in (complete_run / "samples").iterdir()) == samples
     assert len(list((complete_run / "reconstructions").iterdir())) == 3
     assert run.status(complete_run) == "finished"

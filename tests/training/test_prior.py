@@ -25,7 +25,8 @@ from vaejax.data.labels import NO_LABELS
 from vaejax.data.prepare import prepare
 from vaejax.errors import CheckpointError, DivergedError, Interrupted, UserError
 from vaejax.evaluation.evaluate import load_run
-from vaejax.training import checkpoint, prior, run
+from vaejax.priors import FlowPrior
+from vaejax.training import checkpoint, flow_prior, prior, publish, run
 from vaejax.training import devices as dev
 from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
@@ -131,7 +132,7 @@ def test_what_a_flow_learns_from_are_the_posterior_means_of_the_training_images(
     complete: Path, many: Path
 ):
     loaded = run.load(complete)
-    codes, held_out = prior._codes(loaded, NO_LABELS)
+    codes, held_out = flow_prior._codes(loaded, NO_LABELS)
     assert len(codes.z) == len(Images(many, "train"))
     assert len(held_out.z) == len(Images(many, "validation"))
     saved = checkpoint.newest(flow_of(complete), expected=True)
@@ -143,7 +144,7 @@ def test_what_a_flow_learns_from_are_the_posterior_means_of_the_training_images(
     np.testing.assert_allclose(stats["mean"], codes.z.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(stats["std"], codes.z.std(0), rtol=1e-4)
     mirrored = loaded._replace(spec=replace(loaded.spec, flip=True))
-    doubled, _ = prior._codes(mirrored, NO_LABELS)
+    doubled, _ = flow_prior._codes(mirrored, NO_LABELS)
     assert len(doubled.z) == 2 * len(codes.z)
     np.testing.assert_array_equal(doubled.z[: len(codes.z)], codes.z)
     assert np.abs(doubled.z[len(codes.z) :] - codes.z).max() > 1e-3
@@ -205,7 +206,7 @@ def test_means_that_are_not_finite_stop_the_run_with_advice(
         return np.full((110, 32), np.nan, np.float32)
 
     shutil.rmtree(flow_of(copy))
-    monkeypatch.setattr(prior, "_posterior_means", broken)
+    monkeypatch.setattr(flow_prior, "posterior_means", broken)
     with pytest.raises(DivergedError, match="posterior means may be out of range"):
         train(many, copy)
     assert run.status(copy) == "stopped"
@@ -322,7 +323,7 @@ def test_several_devices_train_the_same_flow(count: int, how: str, complete: Pat
     loaded = run.load(complete)
     expected = prior.load(loaded, "flow")
     shutil.rmtree(flow_of(copy))
-    resources = prior.Resources(dev.choose(count, how), SignalGuard())
+    resources = flow_prior.Resources(dev.choose(count, how), SignalGuard())
     fitted = prior.fit(loaded._replace(folder=copy), resources)
     assert fitted is not None
     for tree in ("params", "stats"):
@@ -360,7 +361,7 @@ def test_a_flow_draws_faces_with_the_attributes_that_it_is_asked_for(
 ):
     commands.fit_prior(commands.FitPrior(str(copy), labels=write_labels(tmp_path / "labels.csv")))
     loaded = run.load(copy)
-    codes, _ = prior._codes(loaded, prior._labels(loaded))
+    codes, _ = flow_prior._codes(loaded, flow_prior._labels(loaded))
     images = Images(many, "train")
     for i in range(len(images)):
         number = int(images.metadata(i)["path"][:3])
@@ -370,6 +371,10 @@ def test_a_flow_draws_faces_with_the_attributes_that_it_is_asked_for(
         condition: np.asarray(prior.load(loaded, "flow", condition=condition).sample(range(3)))
         for condition in ("", "number=even", "number=odd", "kind=same,number=odd")
     }
+    exported = publish.exported(loaded)
+    assert exported.attributes == {"kind": ["same"], "number": ["even", "odd"]}
+    assert isinstance(exported.prior, FlowPrior)
+    assert np.array_equal(exported.prior.sample(range(3)), drawn[""])
     several = list(drawn.values())
     for i, z in enumerate(several):
         assert all(np.abs(z - other).max() > 1e-4 for other in several[:i])

@@ -104,10 +104,11 @@ def test_nothing_begins_from_zero_where_metrics_tell_that_it_had_begun(
 def at_the_end_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch, act) -> None:
     end = Visualizer.draw_epoch_end
 
-    def with_a_fault(self, state, epoch: int) -> None:
-        end(self, state, epoch)
+    def with_a_fault(self, state, epoch: int) -> dict[str, np.ndarray]:
+        drawn = end(self, state, epoch)
         if epoch == 1:
             act()
+        return drawn
 
     monkeypatch.setattr(Visualizer, "draw_epoch_end", with_a_fault)
 

@@ -109,7 +109,7 @@ class Images:
         part = self._parts[number]
         with self._lock:
             if number not in self._pixels:
-                self._pixels[number] = PixelFile(part.pixels, count=part.images, shape=self.shape)
+                self._pixels[number] = PixelFile(part.pixels, count=part.images, size=self.shape[0])
             return self._pixels[number]
 
     def _records_of(self, number: int) -> "ArrayRecordReader":

@@ -6,7 +6,6 @@ detections. Boxes are in integer pixels of the picture in which they were detect
 
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vaejax import pictures
 from vaejax.data.decode import MIN_SIDE
 from vaejax.errors import UserError
-from vaejax.files import atomic, printable
+from vaejax.files import atomic, printable, read_bytes
 
 # The longest side in pixels at which faces are detected: a picture of any size then takes some
 # 50 ms. The cascade's smallest face, 24 pixels, is a twentieth of that; a finer resolution makes it
@@ -33,6 +32,7 @@ NO_FACE = "no face found"
 SHEET_NAME = "faces_sheet.png"
 
 _SCALE, _NEIGHBOURS = 1.1, 5  # ratio between the sizes tried; overlapping hits that make a face
+_MAX_CASCADE_BYTES = 64 << 20  # OpenCV's own have up to 3 MB
 _FRONTAL = Path(cv2.data.haarcascades, "haarcascade_frontalface_default.xml")
 
 
@@ -144,11 +144,10 @@ def detect(image: UInt8[np.ndarray, "h w 3"], detect_multi_scale: Callable[..., 
 
 
 def _read_cascade(cascade: Path) -> bytes:
-    if not cascade.is_file():  # opening a pipe would block
-        state = "is no file" if cascade.exists() else "does not exist"
-        raise UserError(f"the cascade {printable(cascade)} {state}.")
     try:
-        return cascade.read_bytes()
+        return read_bytes(cascade, max_bytes=_MAX_CASCADE_BYTES, links=True)
+    except FileNotFoundError:
+        raise UserError(f"the cascade {printable(cascade)} does not exist.") from None
     except OSError as error:
         raise UserError(
             f"the cascade {printable(cascade)} cannot be read: {error.strerror}."
@@ -324,8 +323,9 @@ def copy_sheet(folder: Path, path: Path | None) -> None:
     if path is None:
         return
     try:
+        sheet = read_bytes(folder / SHEET_NAME, max_bytes=pictures.MAX_PNG_BYTES)
         with atomic(path) as partial:
-            shutil.copyfile(folder / SHEET_NAME, partial)
+            partial.write_bytes(sheet)
     except OSError as error:
         raise UserError(f"cannot write {printable(path)}: {error.strerror}.") from None
 

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Int
 
 from vaejax.errors import UserError
-from vaejax.files import printable
+from vaejax.files import printable, read_bytes
 
 FILE = "file"  # the column of paths
+MAX_BYTES = 256 << 20  # of a CSV: ten thousand faces take one megabyte
 MAX_VALUES = 256  # of an attribute: more are texts or numbers, and no attribute
 
 
@@ -44,7 +45,7 @@ def read_labels(path: Path) -> Labels:
     """
     name = printable(path)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, max_bytes=MAX_BYTES, links=True)
         rows = list(csv.DictReader(content.decode("utf-8-sig").splitlines()))
     except OSError as error:
         raise UserError(f"--labels {name} cannot be read: {error.strerror}") from None

@@ -22,6 +22,11 @@ class PixelsError(Exception):
     """The pixels of an image are not those that were written, or are not to be had."""
 
 
+def file_bytes(count: int, size: int) -> int:
+    """Return the length of a file of so many images of `size` x `size` pixels."""
+    return count * (3 * size * size + _CHECKSUM.itemsize)
+
+
 class PixelFile:
     """The images of one file, by their number in it.
 
@@ -29,13 +34,13 @@ class PixelFile:
     Raises OSError or ValueError if the file cannot be read, PixelsError if it is of other images.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, count: int, shape: tuple[int, ...]):
+    def __init__(self, path: str | os.PathLike[str], *, count: int, size: int):
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        pixels = count * math.prod(shape)
-        if len(self._map) != pixels + count * _CHECKSUM.itemsize:
+        if len(self._map) != file_bytes(count, size):
             raise PixelsError("it is of other images")
-        self._images = np.frombuffer(self._map, np.uint8, pixels).reshape(count, *shape)
+        pixels = 3 * size * size * count
+        self._images = np.frombuffer(self._map, np.uint8, pixels).reshape(count, size, size, 3)
         self._checksums = np.frombuffer(self._map, _CHECKSUM, count, offset=pixels)
 
     def read(self, numbers: Int[np.ndarray, " b"], out: UInt8[np.ndarray, "b h w c"]) -> None:

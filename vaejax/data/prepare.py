@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vaejax import pictures
+from vaejax.cache import cache_folder
 from vaejax.data import faces, records
 from vaejax.data.faces import Crop, Detector
 from vaejax.data.gather import Gathered, Threads, Workers
@@ -27,7 +28,7 @@ from vaejax.data.records import builder
 from vaejax.data.sources import Entry, Listing, open_source
 from vaejax.data.splits import INTERVALS, assign_splits, person_names
 from vaejax.errors import UserError
-from vaejax.files import atomic_folder, cache_folder, printable, write_json
+from vaejax.files import atomic_folder, printable, write_json
 
 __all__ = ["builder", "find_prepared", "prepare"]
 
@@ -82,19 +83,19 @@ def prepare(
         raise UserError("--debug-sheet shows which faces were found: add --crop-faces.")
     if records.is_prepared(source):
         folder = _check_prepared_source(source, size=size, out=out, detector=detector)
-        faces.check_sheet_path(debug_sheet, outside=[folder])
+        _check_sheet(debug_sheet, outside=[folder])
         faces.copy_sheet(folder, debug_sheet)
         return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
     with open_source(source) as files:
         key = _listing_key(files.entries, size, detector)
-        folder = _cache_folder(source, size, key) if out is None else Path(out).resolve()
-        faces.check_sheet_path(debug_sheet, outside=[source, folder])
+        folder = Path(out).resolve() if out else cache_folder() / _cache_name(source, size, key)
+        _check_sheet(debug_sheet, outside=[source, folder])
         workers = Threads() if workers is None else workers
         job = _Job(files, key, size, folder, workers, detector, debug_sheet, say)
         try:
-            if _holds(folder, key):
+            if _holds(folder, key, files.entries):
                 faces.copy_sheet(folder, debug_sheet)
                 say(f"Using the prepared set {printable(folder)}.")
                 return folder
@@ -103,7 +104,7 @@ def prepare(
                 _check_free_space(partial, job)
                 report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
-            if not _holds(folder, key):
+            if not _holds(folder, key, files.entries):
                 raise
             return folder
         except BrokenPipeError:  # nobody reads what `say` prints
@@ -127,8 +128,9 @@ def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple
         folder = _check_prepared_source(source, size=size, out=None, detector=detector)
         return folder, records.check(folder)["accepted"]
     with open_source(source) as files:
-        folder = _cache_folder(source, size, _listing_key(files.entries, size, detector))
-        return (folder if records.is_prepared(folder) else None), len(files.entries)
+        key = _listing_key(files.entries, size, detector)
+        folder = cache_folder(make=False) / _cache_name(source, size, key)
+        return (folder if _holds(folder, key, files.entries) else None), len(files.entries)
 
 
 # Where a prepared set lies ------------------------------------------------------------------------
@@ -162,21 +164,22 @@ def _listing_key(entries: Iterable[Entry], size: int, detector: Detector | None)
     return key.hexdigest()
 
 
-def _cache_folder(source: Path, size: int, key: str) -> Path:
+def _cache_name(source: Path, size: int, key: str) -> str:
+    """Return where a prepared set lies in the cache folder."""
     path = source.resolve()
     name = re.sub(r"[^\w.-]+", "_", printable(path.stem if path.is_file() else path.name))[:60]
     digest = hashlib.sha256(os.fsencode(path) + key.encode()).hexdigest()
-    return cache_folder() / "prepared" / f"{name or 'images'}-{size}-{digest[:8]}"
+    return f"prepared/{name or 'images'}-{size}-{digest[:8]}"
 
 
-def _holds(folder: Path, key: str) -> bool:
-    """Return whether the folder holds the prepared set with this key.
+def _holds(folder: Path, key: str, entries: Sequence[Entry]) -> bool:
+    """Return whether the folder holds the prepared set with this key, of the files of a listing.
 
     Raises UserError if it holds anything else, or another version of vaejax has written it.
     """
     if records.is_prepared(folder):
         report = records.check(folder)
-        if report["listing"] == key:
+        if report["listing"] == key and _is_of(report, entries):
             return True
         raise UserError(
             f"{printable(folder)} holds another prepared set: {report['source']} at "
@@ -192,11 +195,34 @@ def _holds(folder: Path, key: str) -> bool:
     return False
 
 
+def _is_of(report: Mapping[str, Any], entries: Sequence[Entry]) -> bool:
+    """Tell whether a report accounts for every file of a listing."""
+    refused = report.get("refused")
+    if not isinstance(refused, list) or report["accepted"] + len(refused) != len(entries):
+        return False
+    names = {str(refusal.get("path")) for refusal in refused if isinstance(refusal, dict)}
+    return names <= {entry.path for entry in entries}
+
+
 def _check_location(folder: Path, source: Path) -> None:
     if folder.is_relative_to(source.resolve()):
         raise UserError(f"{printable(folder)} lies among the images. Choose another --out.")
+    if other := records.enclosing_set(folder.parent):
+        raise UserError(
+            f"{printable(folder)} lies in {printable(other)}, which is a prepared data set. Choose "
+            "another --out."
+        )
     if folder.is_mount():  # nothing can be renamed to it
         raise UserError(f"{printable(folder)} is a mount point. Choose a folder inside it.")
+
+
+def _check_sheet(path: Path | None, *, outside: Iterable[Path]) -> None:
+    if path and (other := records.enclosing_set(path)):
+        raise UserError(
+            f"--debug-sheet {printable(path)} lies in {printable(other)}, which is a prepared "
+            "data set: name a file elsewhere."
+        )
+    faces.check_sheet_path(path, outside=outside)
 
 
 def _check_free_space(partial: Path, job: _Job) -> None:

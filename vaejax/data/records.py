@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 
 from vaejax.data import pixels
 from vaejax.errors import UserError
-from vaejax.files import printable, read_json
+from vaejax.files import inside, printable, read_bytes, read_json
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # its import takes half a second, which few commands need
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 REPORT = "dataset_report.json"
 FORMAT = "vaejax prepared set 4"  # raise the number when older sets can no longer be read
 
+# of a report, which lists every refused file; and of a file of metadata
+_MAX_REPORT_BYTES, _MAX_METADATA_BYTES = 128 << 20, 16 << 20
+_METADATA = ("records/dataset_info.json", "records/features.json")  # that TFDS reads
 _REPORTS = (REPORT, "report.json")  # the latter up to format 2
 _ANY_FORMAT = re.compile(r"vaejax prepared set \d+")
 _REQUIRED = {
@@ -70,7 +73,8 @@ def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotat
 
     Raises UserError if it is no prepared set, or a damaged one.
     """
-    size = check(prepared)["size"]
+    report = check(prepared)
+    size = report["size"]
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
@@ -81,14 +85,28 @@ def builder(prepared: Path) -> Any:  # a tfds.core.DatasetBuilder, whose annotat
             json_format.MessageToJson(features(size).to_proto())
         ):
             raise ValueError("other features")
-        return tfds.builder_from_directory(os.fspath(folder))
+        found = tfds.builder_from_directory(os.fspath(folder))
+        names = {
+            f"records/{os.path.relpath(f, folder)}"
+            for s in found.info.splits.values()
+            for f in s.filepaths
+        }
     except Exception:  # whatever its parsers of JSON raise for damage
         raise damaged(prepared, "its metadata cannot be read") from None
+    if other := sorted(names - report["files"].keys()):  # those were checked
+        raise damaged(prepared, f"its metadata name {printable(other[0])}")
+    return found
 
 
 def is_prepared(folder: Path) -> bool:
     """Return whether a folder is a prepared set, be it damaged or of another version."""
     return format_of(folder) is not None
+
+
+def enclosing_set(path: Path) -> Path | None:
+    """Return the prepared set that a path lies in, or is; None if there is none."""
+    real = Path(os.path.realpath(path))
+    return next((folder for folder in (real, *real.parents) if is_prepared(folder)), None)
 
 
 def format_of(folder: Path) -> str | None:
@@ -129,18 +147,23 @@ def read_dataset_report(prepared: Path) -> dict[str, Any]:
 def check(prepared: Path) -> dict[str, Any]:
     """Read the report of a prepared set, and compare the files with it.
 
-    Raises UserError if a file is missing or has another length, or if metadata have changed.
-    Records and pixels have checksums of their own, which are compared when they are read.
+    Raises UserError if a file is missing or has another length, if metadata have changed, or if a
+    name leads out of the folder. Records and pixels have checksums of their own, which are compared
+    when they are read.
     """
     report = read_dataset_report(prepared)
+    try:
+        paths = {name: inside(prepared, name) for name in [*report["files"], *report["metadata"]]}
+    except ValueError as error:
+        raise damaged(prepared, f"{REPORT} names a file, and {error}") from None
     for name, size in report["files"].items():
-        path = os.path.join(prepared, name)
-        actual = os.path.getsize(path) if os.path.isfile(path) else None
+        actual = os.path.getsize(paths[name]) if os.path.isfile(paths[name]) else None
         if actual != size:
             state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
             raise damaged(prepared, f"{printable(name)} {state}")
-    for name, digest in report["metadata"].items():
-        if _sha256(Path(prepared) / name) != digest:
+    for name in {*_METADATA, *report["metadata"]}:
+        digest = report["metadata"].get(name)
+        if digest is None or _sha256(paths[name]) != digest:
             raise damaged(prepared, f"{printable(name)} is not as it was written")
     return report
 
@@ -158,25 +181,22 @@ def parts_of(prepared: Path, split: str) -> list[Part]:
 
     Raises UserError if it is no prepared set, or a damaged one.
     """
-    check(prepared)
-    folder = Path(prepared)
+    report = check(prepared)
     try:
-        splits = read_json(folder / "records" / "dataset_info.json")["splits"]
+        splits = read_json(Path(prepared) / "records" / "dataset_info.json")["splits"]
         (lengths,) = (each["shardLengths"] for each in splits if each["name"] == split)
-        counts = [int(length) for length in lengths]
-        if min(counts) < 1:
-            raise ValueError("a part without images")
+        parts = []
+        for number, length in enumerate(lengths):
+            name, images = f"{number:05}-of-{len(lengths):05}", int(length)
+            names = (f"records/faces-{split}.array_record-{name}", f"pixels/{split}-{name}")
+            if names[0] not in report["files"] or images < 1:
+                raise ValueError(f"no images in {names[0]}")
+            if report["files"][names[1]] != pixels.file_bytes(images, report["size"]):
+                raise ValueError(f"{names[1]} is of other images")
+            parts.append(Part(Path(prepared) / names[0], Path(prepared) / names[1], images))
     except (OSError, ValueError, KeyError, TypeError):
         raise damaged(prepared, "its metadata cannot be used") from None
-    names = [f"{number:05}-of-{len(counts):05}" for number in range(len(counts))]
-    return [
-        Part(
-            folder / "records" / f"faces-{split}.array_record-{name}",
-            folder / "pixels" / f"{split}-{name}",
-            count,
-        )
-        for name, count in zip(names, counts, strict=True)
-    ]
+    return parts
 
 
 def read_metadata(file: "ArrayRecordReader", position: int) -> Metadata:
@@ -339,7 +359,7 @@ def _read_report(path: Path) -> dict[str, Any] | None:
     if not os.path.isfile(path):  # which, unlike Path.is_file(), takes any name
         return None
     try:
-        report = read_json(path)
+        report = read_json(path, max_bytes=_MAX_REPORT_BYTES)
     except (OSError, ValueError):
         return None
     if not isinstance(report, dict) or not isinstance(report.get("format"), str):
@@ -361,8 +381,8 @@ def _hash_report(report: dict[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str | None:
-    """Hash a file; None if it cannot be read."""
+    """Hash a file of metadata; None if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(path, max_bytes=_MAX_METADATA_BYTES)).hexdigest()
     except OSError:
         return None

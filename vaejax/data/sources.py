@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vaejax.data.decode import Refused
 from vaejax.errors import UserError
-from vaejax.files import printable
+from vaejax.files import open_regular, printable, read_bytes
 
 MAX_BYTES = 256 << 20  # of one image file
 _TOO_LARGE = "too large: more than 256 MB"
@@ -219,18 +219,12 @@ def _reason(error: OSError) -> str:
 
 
 def _read_file(entry: Entry) -> bytes:
-    """Read a file without blocking: it may have become a pipe since it was listed."""
+    """Read a file, which may have become anything since it was listed."""
     try:
-        descriptor = os.open(str(entry.location), os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Refused("not a regular file")
-            data = file.read(MAX_BYTES + 1)
-    except OSError:
-        raise Refused("unreadable") from None
-    if len(data) > MAX_BYTES:
-        raise Refused(_TOO_LARGE)
-    return data
+        return read_bytes(str(entry.location), max_bytes=MAX_BYTES, links=True)
+    except OSError as error:
+        reasons = {errno.EINVAL: "not a regular file", errno.EFBIG: _TOO_LARGE}
+        raise Refused(reasons.get(error.errno or 0, "unreadable")) from None
 
 
 # A zip --------------------------------------------------------------------------------------------
@@ -242,14 +236,15 @@ def _open_zip(source: Path) -> Iterator[zipfile.ZipFile]:
     not_a_source = UserError(
         f"{printable(source)} is neither a folder of images nor a readable zip of them."
     )
-    if not source.is_file():  # opening a pipe would block
-        raise not_a_source
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(_BoundedReader(io.FileIO(source)))
+            raw = open_regular(source, links=True).detach()
+            file = stack.enter_context(_BoundedReader(raw))
             archive = stack.enter_context(zipfile.ZipFile(file))
             file.max_bytes = MAX_BYTES + 1  # from here on members are read
         except OSError as error:
+            if error.errno == errno.EINVAL:  # no regular file
+                raise not_a_source from None
             raise UserError(f"cannot read {printable(source)}: {error.strerror}.") from None
         except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OverflowError):
             raise not_a_source from None

@@ -4,14 +4,19 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from vaejax import terminal
 from vaejax.errors import UserError
 from vaejax.evaluation import tables
 from vaejax.evaluation.evaluate import FORMAT
 from vaejax.evaluation.set_metrics import TRAIN
-from vaejax.files import printable, read_json
+from vaejax.files import inside, printable, read_json
 from vaejax.metrics import MEMORIZATION, METRICS, SETS
+from vaejax.pictures import encode_png, read_png
 from vaejax.training import run
 from vaejax.training.config import RunSpec
 
@@ -48,14 +53,15 @@ def read_run(name: str) -> EvaluatedRun:
         if _is_of_other_version(evaluation):
             raise UserError(
                 f"{printable(path)} was written by another version of vaejax. "
-                f"`vaejax evaluate {name}` evaluates the run again"
+                f"`vaejax evaluate {quote(name)}` evaluates the run again"
             )
         _check(evaluation)
     except FileNotFoundError:
-        raise UserError(f"{folder} is not evaluated yet: vaejax evaluate {name}") from None
+        raise UserError(f"{folder} is not evaluated yet: vaejax evaluate {quote(name)}") from None
     except ValueError as error:
         raise UserError(
-            f"{printable(path)} cannot be read: {error}. `vaejax evaluate {name}` writes it again"
+            f"{printable(path)} cannot be read: {error}. `vaejax evaluate {quote(name)}` writes it "
+            "again"
         ) from None
     return EvaluatedRun(name, folder, run.read_spec(folder), {**evaluation, "run": name})
 
@@ -131,14 +137,17 @@ def _name(value: Any) -> Any:
     return value.get("name") if isinstance(value, dict) and "name" in value else value
 
 
-def to_text(evaluations: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> list[str]:
-    """Write the tables as lines for the terminal; a star marks the best of a row."""
+def to_text(
+    evaluations: Sequence[Mapping[str, Any]], remarks: Sequence[str], columns: int | None = None
+) -> list[str]:
+    """Write the tables as lines for a terminal of so many columns; a star marks the best of a
+    row."""
     lines: list[str] = []
-    for title, head, rows in tables.tables(evaluations):
-        starred = [_star(row, evaluations) for row in rows]
-        aligned = tables.align([row[:-1] for row in [head, *starred]], left=(0,))
-        lines += ["", title, *aligned]
-    return [*lines, "", *remarks]
+    for title, head, cells in tables.tables(evaluations):
+        starred = [_star(row, evaluations) for row in cells]
+        rows = [row[:-1] for row in [head, *starred]]
+        lines += ["", title, *terminal.table(rows, left=(0,), columns=columns)]
+    return [*lines, "", *terminal.wrap("\n".join(remarks), columns).splitlines()]
 
 
 def _star(row: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -239,11 +248,21 @@ def _card(evaluated: EvaluatedRun) -> str:
 
 
 def _picture(evaluated: EvaluatedRun, name: str) -> str:
-    path = evaluated.folder / tables.FOLDER / name
+    """Return a picture of a run, its pixels encoded anew.
+
+    The run may be a stranger's: what its file holds besides a picture, or a link leads to, does not
+    get into a page that is sent to others.
+    """
     label = escape(evaluated.name)
-    if not path.exists():
+    try:
+        path = inside(evaluated.folder, f"{tables.FOLDER}/{name}")
+        picture = np.asarray(read_png(path).convert("RGB"))
+    except FileNotFoundError:
         return f"<figure><figcaption>{label}: none</figcaption></figure>"
-    data = base64.b64encode(path.read_bytes()).decode()
+    except (OSError, ValueError) as error:
+        reason = escape(str(error.strerror if isinstance(error, OSError) else error))
+        return f"<figure><figcaption>{label}: left out, {reason}</figcaption></figure>"
+    data = base64.b64encode(encode_png(picture)).decode()
     return (
         f'<figure><img alt="{label}" src="data:image/png;base64,{data}">'
         f"<figcaption>{label}</figcaption></figure>"

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import jax
@@ -103,8 +104,8 @@ def load_run(folder: Path, split: str, *, prior: priors.PriorName | None = None)
     except UserError as error:
         raise UserError(
             f"the images that {folder} was trained on cannot be read: {error} `vaejax prepare "
-            f"{spec.schedule.source} --size {model.size} --out {prepared}` prepares them "
-            "again (with --crop-faces, if they were cropped)"
+            f"{quote(spec.schedule.source)} --size {model.size} --out {quote(str(prepared))}` "
+            "prepares them again (with --crop-faces, if they were cropped)"
         ) from None
     if any(dataset_report[field] != value for field, value in spec.data.items()):
         raise UserError(

@@ -21,13 +21,14 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from tqdm import tqdm
 
 from vaejax import generate
+from vaejax.cache import cache_folder
 from vaejax.data.batches import Images, in_order
 from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
 from vaejax.evaluation import likelihood
 from vaejax.evaluation.features import Features
 from vaejax.evaluation.likelihood import BatchEvaluation, ImportanceBound, Latents
-from vaejax.files import atomic, cache_folder
+from vaejax.files import atomic, open_regular
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.nearest import Nearest, nearest_of_sets
 from vaejax.priors import Prior
@@ -260,7 +261,8 @@ def training_features(prepared: Path, features: Features, model: Autoencoder) ->
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "features" / f"{digest}.npy"
     try:
-        cached = np.load(path)
+        with open_regular(path) as file:
+            cached = np.load(file)
     except (OSError, ValueError, EOFError):
         cached = np.zeros(0)
     if cached.shape == (len(training), features.dim) and cached.dtype == np.float32:

@@ -1,18 +1,18 @@
 """Tables of evaluations as text, Markdown and HTML, and the files of an evaluation."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vaejax import pictures, plots
+from vaejax import pictures, plots, terminal
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
 from vaejax.files import write_json, write_text
-from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
+from vaejax.metrics import MEMORIZATION, METRICS, MISSING, Direction, Metric, format_estimate
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
+from vaejax.training.run import refuse_links
 
 FOLDER = "evaluation"  # of the pictures, in the run's folder
 
@@ -26,7 +26,6 @@ CAPTIONS = {
     "rates.png": "The rate of each latent dimension",
 }
 
-MISSING = "–"
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "": "", "0": "→ 0", "1": "→ 1"}
 BY_SET = (SETS_GROUP, MEMORIZATION)  # groups whose columns are sets, in the table of one evaluation
 
@@ -38,17 +37,6 @@ class Table(NamedTuple):
     title: str
     head: list[str]
     rows: list[list[str]]
-
-
-def format_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """Format a metric with two digits of its error, or with five digits if it has none."""
-    if estimate is None:
-        return MISSING
-    value, error = estimate["value"], estimate["error"]
-    if not error:
-        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    digits = max(0, 1 - math.floor(math.log10(abs(error))))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -104,27 +92,24 @@ def _set_names(metrics: Collection[str], values: Sequence[Mapping[str, Any]]) ->
 # Formats ------------------------------------------------------------------------------------------
 
 
-def to_text(evaluation: Mapping[str, Any]) -> list[str]:
-    """Write the tables of an evaluation, and its notes, as lines for the terminal."""
+def to_text(evaluation: Mapping[str, Any], columns: int | None = None) -> list[str]:
+    """Write the tables of an evaluation, and its notes, as lines for a terminal of so many
+    columns."""
     lines: list[str] = []
     for table in tables([evaluation]):
         has_head = _has_sets_as_columns(table.title, [evaluation])
-        rows = align([table.head, *table.rows], left=(0, -3, -2, -1))
-        lines += ["", table.title, *(rows if has_head else rows[1:])]
-    return [*lines, "", *notes(evaluation)]
+        heads = _two_lines(table.head) if has_head else []
+        rows = terminal.table([*heads, *table.rows], left=(0, -3, -2, -1), columns=columns)
+        lines += ["", table.title, *rows]
+    wrapped = terminal.wrap("\n".join(notes(evaluation)), columns).splitlines()
+    return [*lines, "", *wrapped]
 
 
-def align(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> list[str]:
-    """Pad cells to columns of equal width, to the left in the columns `left`, else to the right."""
-    width = len(rows[0])
-    left = {column % width for column in left}
-    widths = [max(len(row[i]) for row in rows) for i in range(width)]
-
-    def pad(column: int, cell: str) -> str:
-        return cell.ljust(widths[column]) if column in left else cell.rjust(widths[column])
-
-    lines = ["  ".join(pad(i, cell) for i, cell in enumerate(row)) for row in rows]
-    return [f"  {line}".rstrip() for line in lines]
+def _two_lines(head: Sequence[str]) -> list[list[str]]:
+    """Break names of sets such as "samples (flow)" into two lines, which keeps columns narrow."""
+    parts = [cell.partition(" (") for cell in head]
+    second = [f"({rest}" if rest else "" for _, _, rest in parts]
+    return [[first for first, _, _ in parts], *([second] if any(second) else [])]
 
 
 def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -179,7 +164,8 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation into its run's folder."""
+    """Write an evaluation into its run's folder. Raises UserError if that leads elsewhere."""
+    refuse_links(folder)
     draw(folder / FOLDER, evaluation.pictures)
     write_json(folder / "evaluation.json", evaluation.json)
     write_text(

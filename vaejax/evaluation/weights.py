@@ -22,6 +22,7 @@ from jaxtyping import Float
 from numpy.lib.stride_tricks import as_strided
 
 from vaejax.errors import UserError
+from vaejax.files import read_bytes
 
 MAX_BYTES = 2**30  # of a file, which is held in memory: Inception's has 91 MiB
 MAX_INSTRUCTIONS = 200_000  # of a pickle: that of Inception's weights has about 20,000
@@ -68,11 +69,7 @@ def read_torch(path: Path) -> Weights:
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Weights:
     try:
-        if (size := path.stat().st_size) > MAX_BYTES or not path.is_file():
-            raise UserError(
-                f"{path} is no file of weights: it is no regular file, or has {size:,} bytes"
-            )
-        data = path.read_bytes()
+        data = read_bytes(path, max_bytes=MAX_BYTES, links=True)
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
     try:

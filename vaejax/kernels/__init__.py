@@ -1,8 +1,10 @@
-"""C++ kernels for a CPU: convolutions, and Adam's update of a parameter, in float32.
+"""C++ kernels for a CPU, in float32: convolutions, group norm with SiLU, and Adam's update.
 
 The convolutions are faster than XLA's because they need a quarter of the multiplications, and do
-not copy images into other memory layouts. Adam's update reads and writes every number once and in
-place.
+not copy images into other memory layouts. Group norm with SiLU, and its gradient, go over an image
+while it is in a cache. Adam's update reads and writes every number once and in place.
+
+Every kernel makes the same bits with any number of threads.
 
 The C++ compiler of the machine builds the kernels for its own processor when they are first used,
 which takes seconds; the cache folder keeps the library. Where they cannot be built, and on other
@@ -17,7 +19,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vaejax.files import cache_folder
+from vaejax.cache import cache_folder
+from vaejax.files import atomic, read_bytes, write_text
 from vaejax.system import processor_id
 
 # "winograd": 3x3 kernels of stride 1 and 5x5 kernels of stride 2, whose stride divides the image's
@@ -42,6 +47,8 @@ SYMBOLS = [
         for algorithm in ("winograd", "windows")
         for operation in ("forward", "input_gradient", "kernel_gradient")
     ),
+    "vaejax_norm_silu",
+    "vaejax_norm_silu_gradient",
     "vaejax_adam",
     "vaejax_squared_norm",
 ]
@@ -50,10 +57,33 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
     *("-shared", "-fPIC", "-w"),
 )
+MAX_LIBRARY_BYTES = 64 << 20
 SWITCH = "VAEJAX_NATIVE"  # environment variable; 0 turns the kernels off
 
 
 # Building -----------------------------------------------------------------------------------------
+
+
+_plain = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Compute what is traced within by XLA's own operations alone, so that others can read it.
+
+    No C++ kernels and no other forms of convolutions; the results are the same up to rounding. A
+    program that JAX has already traced for the same shapes stays as it is.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def only_plain() -> bool:
+    """Tell whether this runs within `plain_operations`."""
+    return _plain.get()
 
 
 def supports(dtype: Any) -> bool:
@@ -61,6 +91,8 @@ def supports(dtype: Any) -> bool:
 
     They need a single CPU device: XLA cannot split a foreign call over several.
     """
+    if only_plain():
+        return False
     single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     return single_cpu and dtype == jnp.float32 and not unavailable_reason()
 
@@ -87,7 +119,9 @@ def unavailable_reason() -> str:
 def build() -> Path:
     """Compile the library unless the cache folder has it, and return its path.
 
-    Its name is a hash of the sources, the compiler, the version of jaxlib and the processor.
+    Its name is a hash of the sources, the compiler, the version of jaxlib and the processor. Beside
+    it lies its own SHA-256: half of a library, as a power cut may leave it, would kill the process
+    that loads it, and is built again.
 
     Raises OSError or subprocess.SubprocessError if it cannot be built.
     """
@@ -101,15 +135,28 @@ def build() -> Path:
     inputs = (*compiler, *FLAGS, version("jaxlib"), processor_id(), *sources)
     name = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     library = cache_folder() / "kernels" / f"{name}.so"
-    if not library.exists():
+    checksum = library.with_suffix(".so.sha256")
+    if not _is_as_built(library, checksum):
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            partial = Path(folder) / library.name
+            built = Path(folder) / library.name
             headers = ["-I", jax.ffi.include_dir()]
-            command = [*compiler, *FLAGS, *headers, str(SOURCES / "kernels.cc"), "-o", str(partial)]
+            command = [*compiler, *FLAGS, *headers, str(SOURCES / "kernels.cc"), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-            partial.replace(library)  # atomically, because other processes may load it
+            content = built.read_bytes()
+        with atomic(library) as partial:  # because other processes may load it
+            partial.write_bytes(content)
+        write_text(checksum, f"{hashlib.sha256(content).hexdigest()}  {library.name}\n")
     return library
+
+
+def _is_as_built(library: Path, checksum: Path) -> bool:
+    try:
+        content = read_bytes(library, max_bytes=MAX_LIBRARY_BYTES)
+        expected = read_bytes(checksum, max_bytes=MAX_LIBRARY_BYTES)
+    except OSError:
+        return False
+    return expected[:64] == hashlib.sha256(content).hexdigest().encode()
 
 
 # Convolutions -------------------------------------------------------------------------------------
@@ -161,6 +208,44 @@ def kernel_gradient(
 def _call(target: str, shape: tuple[int, ...], a: Array, b: Array, window: dict[str, int]) -> Array:
     result = jax.ShapeDtypeStruct(shape, a.dtype)
     return jax.ffi.ffi_call(target, result, vmap_method="sequential")(a, b, **window)
+
+
+# Group norm ---------------------------------------------------------------------------------------
+
+
+def norm_silu(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
+    *,
+    groups: int,
+    epsilon: float,
+) -> Sequence[Array]:
+    """Return silu((scale x' + bias) (1 + a) + b) and the statistics `[b 2 groups]` of x.
+
+    x' is x by group norm, the modulation is a and b of each image, and the statistics are the mean
+    and 1 / sqrt(variance + epsilon) of each group.
+    """
+    statistics = (x.shape[0], 2, groups)
+    results = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, statistics)]
+    call = jax.ffi.ffi_call("vaejax_norm_silu", results, vmap_method="sequential")
+    return call(x, scale, bias, modulation, epsilon=np.float64(epsilon))
+
+
+def norm_silu_gradient(
+    dy: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    modulation: Float[Array, "b 2 c"],
+    statistics: Float[Array, "b 2 g"],
+) -> Sequence[Array]:
+    """Return the gradients by x, scale, bias and modulation, if that by `norm_silu` is dy."""
+    arguments = (x, scale, bias, modulation)
+    results = [jax.ShapeDtypeStruct(array.shape, x.dtype) for array in arguments]
+    call = jax.ffi.ffi_call("vaejax_norm_silu_gradient", results, vmap_method="sequential")
+    return call(dy, *arguments, statistics)
 
 
 # Optimizer ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // The functions that XLA calls, by its foreign function interface.
 
 #include "adam.h"
+#include "norm.h"
 #include "windows.h"
 #include "winograd.h"
 
@@ -59,6 +60,31 @@ static ffi::Error WindowsKernelGradient(ffi::ThreadPool pool, int64_t stride, in
                                         kernel->typed_data()));
 }
 
+using Channels = ffi::Buffer<ffi::F32, 1>;
+using Pairs = ffi::Buffer<ffi::F32, 3>;  // [images, 2, ...]
+
+static Norm norm(const In& x, const Pairs& statistics) {
+  const auto size = x.dimensions();
+  return {size[0], size[1] * size[2], size[3], statistics.dimensions()[2]};
+}
+static ffi::Error NormSilu(ffi::ThreadPool pool, double epsilon, In x, Channels scale,
+                           Channels bias, Pairs modulation, Out y, ffi::Result<Pairs> statistics) {
+  norm_silu(pool, norm(x, *statistics), epsilon, x.typed_data(), scale.typed_data(),
+            bias.typed_data(), modulation.typed_data(), y->typed_data(),
+            statistics->typed_data());
+  return ffi::Error::Success();
+}
+static ffi::Error NormSiluGradient(ffi::ThreadPool pool, In dy, In x, Channels scale,
+                                   Channels bias, Pairs modulation, Pairs statistics, Out dx,
+                                   ffi::Result<Channels> dscale, ffi::Result<Channels> dbias,
+                                   ffi::Result<Pairs> dmodulation) {
+  norm_silu_gradient(pool, norm(x, statistics), dy.typed_data(), x.typed_data(),
+                     scale.typed_data(), bias.typed_data(), modulation.typed_data(),
+                     statistics.typed_data(), dx->typed_data(), dscale->typed_data(),
+                     dbias->typed_data(), dmodulation->typed_data());
+  return ffi::Error::Success();
+}
+
 using Any = ffi::AnyBuffer;
 
 static ffi::Error Adam(ffi::ThreadPool pool, double b1, double b2, double eps, Any gradient,
@@ -97,6 +123,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_winograd_kernel_gradient, WinogradKernelGra
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_forward, WindowsForward, WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_input_gradient, WindowsInputGradient, WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_windows_kernel_gradient, WindowsKernelGradient, WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu, NormSilu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<double>("epsilon")
+                                  .Arg<In>()
+                                  .Arg<Channels>()
+                                  .Arg<Channels>()
+                                  .Arg<Pairs>()
+                                  .Ret<In>()
+                                  .Ret<Pairs>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_norm_silu_gradient, NormSiluGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<In>()
+                                  .Arg<In>()
+                                  .Arg<Channels>()
+                                  .Arg<Channels>()
+                                  .Arg<Pairs>()
+                                  .Arg<Pairs>()
+                                  .Ret<In>()
+                                  .Ret<Channels>()
+                                  .Ret<Channels>()
+                                  .Ret<Pairs>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaejax_adam, Adam,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -6,10 +6,10 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from vaejax.models.convolution import convolve, convolve_transposed
+from vaejax.models.normalization import norm_silu
 
 Norm = Literal["batch", "affine"]
 Activation = Callable[[Array], Array]
@@ -98,34 +98,29 @@ class Upsample(nn.Module):
         return "Upsample 2"
 
 
-class GroupNorm(nn.Module):
-    """Group norm (Wu and He, 2018, equations 1 and 7), as `flax.linen.GroupNorm`, per channel.
+class GroupNormSilu(nn.Module):
+    """SiLU of a group norm, whose parameters are those of `flax.linen.GroupNorm`.
 
-    The mean and the variance of each group make one factor and one offset of each channel, so that
-    every value is read twice and multiplied once: on a CPU a network of it is a fifth faster.
+    With a modulation `[b 2 c]` the norm is followed by h (1 + a) + b, for a and b of each image,
+    and SiLU comes last.
     """
 
     groups: int
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
+    def __call__(
+        self, x: Float[Array, "b h w c"], modulation: Float[Array, "b 2 c"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-
-        def over_groups(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
-            means = jnp.mean(values.reshape(b, self.groups, -1), axis=2)
-            return jnp.repeat(means, c // self.groups, axis=1)
-
-        mean = over_groups(jnp.mean(x, axis=(1, 2)))
-        square = over_groups(jnp.mean(x**2, axis=(1, 2)))
-        factor = lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon) * scale[None]
-        offset = bias[None] - mean * factor
-        return x * factor[:, None, None] + offset[:, None, None]
+        if modulation is None:
+            modulation = jnp.zeros((len(x), 2, c), x.dtype)
+        return norm_silu(x, scale, bias, modulation, groups=self.groups, epsilon=self.epsilon)
 
     def __str__(self) -> str:
-        return f"Group norm {self.groups}"
+        return f"Group norm {self.groups}, SiLU"
 
 
 class Block(nn.Module):

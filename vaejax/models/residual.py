@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from vaejax.distributions import Normal
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder, require_divisible, require_positive
-from vaejax.models.layers import Convolution, Dense, GroupNorm
+from vaejax.models.layers import Convolution, Dense, GroupNormSilu
 
 GROUPS = 8  # of a group norm
 BOTTOM = 8  # pixels of the smallest grid; up to 15 where the size is no power of 2
@@ -183,7 +183,7 @@ def _contract(
         x = Dense(widths[level], name=f"to_{scale}x")(x)
         for i in range(blocks + (level == 0)):
             x = ResidualBlock(widths[level], name=f"block_{scale}x_{i + 1}")(x)
-    return nn.silu(GroupNorm(GROUPS, name="norm")(x))
+    return GroupNormSilu(GROUPS, name="norm")(x)
 
 
 def _expand(
@@ -200,7 +200,7 @@ def _expand(
             x = depth_to_space(Dense(4 * width, name=f"to_{scale}x")(x), 2)
         for i in range(blocks + (level == 0)):
             x = ResidualBlock(width, name=f"block_{scale}x_{i + 1}")(x, style)
-    x = nn.silu(GroupNorm(GROUPS, name="norm")(x))
+    x = GroupNormSilu(GROUPS, name="norm")(x)
     x = Convolution(4 * channels, kernel_size=3, name="output")(x)
     return nn.sigmoid(depth_to_space(x, 2))
 
@@ -227,29 +227,28 @@ class ResidualBlock(nn.Module):
         self, x: Float[Array, "b h w c"], style: Float[Array, "b s"] | None = None
     ) -> Float[Array, "b h w c"]:
         convolution = partial(Convolution, self.features, kernel_size=3)
-        h = nn.silu(AdaptiveNorm(name="norm_1")(x, style))
+        h = AdaptiveNormSilu(name="norm_1")(x, style)
         h = convolution(name="conv_1")(h)
-        h = nn.silu(AdaptiveNorm(name="norm_2")(h, style))
+        h = AdaptiveNormSilu(name="norm_2")(h, style)
         return x + convolution(initializer=nn.initializers.zeros, name="conv_2")(h)
 
     def __str__(self) -> str:
         return f"Residual block {self.features}"
 
 
-class AdaptiveNorm(nn.Module):
-    """Group norm, and after it the scale and shift that a style asks for, if there is one."""
+class AdaptiveNormSilu(nn.Module):
+    """SiLU of a group norm, scaled and shifted as a style asks for, if there is one."""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], style: Float[Array, "b s"] | None
     ) -> Float[Array, "b h w c"]:
-        x = GroupNorm(GROUPS, name="group")(x)
-        if style is None:
-            return x
-        small = nn.initializers.normal(0.02)
-        modulation = Dense(2 * x.shape[-1], initializer=small, name="modulation")(style)
-        scale, shift = jnp.split(modulation[:, None, None], 2, axis=-1)
-        return x * (1 + scale) + shift
+        modulation = None
+        if style is not None:
+            small = nn.initializers.normal(0.02)
+            modulation = Dense(2 * x.shape[-1], initializer=small, name="modulation")(style)
+            modulation = modulation.reshape(len(x), 2, -1)
+        return GroupNormSilu(GROUPS, name="group")(x, modulation)
 
 
 def space_to_depth(x: Float[Array, "b h w c"], n: int) -> Float[Array, "b p q d"]:

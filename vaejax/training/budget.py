@@ -18,8 +18,7 @@ from vaejax.data.batches import Images, steps_per_epoch
 from vaejax.errors import UserError
 from vaejax.system import format_duration
 from vaejax.training import devices as dev
-from vaejax.training import plan
-from vaejax.training import prior as run_prior
+from vaejax.training import flow_prior, plan
 from vaejax.training.compiled import compile_eval_step, compile_init
 from vaejax.training.config import Recipe
 from vaejax.training.devices import Devices
@@ -45,7 +44,7 @@ def steps_from_minutes(
     validating, encoding = _seconds_an_image(recipe, images, devices=devices)
     flow = 0.0
     if recipe.prior == "flow":
-        flow = run_prior.measure(recipe, images=len(images), devices=devices, repeats=REPEATS)
+        flow = flow_prior.measure(recipe, images=len(images), devices=devices, repeats=REPEATS)
     ready = elapsed + time.monotonic() - began + measured.compile_seconds
     per_epoch = steps_per_epoch(len(images), recipe.batch_size)
     epoch = EPOCH_SECONDS + 2 * len(held_out) * validating

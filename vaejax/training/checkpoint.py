@@ -27,7 +27,15 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from vaejax.errors import CheckpointError
-from vaejax.files import PARTIAL, fsync, printable, read_json, write_json
+from vaejax.files import (
+    fsync,
+    is_partial,
+    open_regular,
+    partial_name,
+    printable,
+    read_json,
+    write_json,
+)
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.system import versions
@@ -105,13 +113,14 @@ def save(
     """
     step, final = int(state.step), path(run, int(state.step))
     if not devices.broadcast((final / MANIFEST).exists):
-        partial_path = final.with_name(f"{PARTIAL}{final.name}")
+        # random, so that nobody can have put a link in its place
+        partial_path = final.with_name(devices.broadcast(lambda: partial_name(final.name)))
         try:
             with _quiet():
                 arguments = ocp.args.Composite(
                     state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(position))
                 )
-                _orbax().save(partial_path.absolute(), arguments, force=True)
+                _orbax().save(partial_path.absolute(), arguments)
             if devices.is_first():
                 content = {
                     "format": FORMAT,
@@ -139,15 +148,16 @@ def _delete_old(run: Path, step: int, *, keep: int) -> None:
     # what is newer, or has no manifest, was put there by somebody else
     older = [n for n in steps(run) if n < step and (path(run, n) / MANIFEST).is_file()]
     for old in older[: max(0, len(older) - (keep - 1))]:
-        doomed = path(run, old).with_name(f"{PARTIAL}{old:07}")
+        doomed = path(run, old).with_name(partial_name(path(run, old).name))
         os.rename(path(run, old), doomed)  # so that a kill leaves no half of it
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def delete_unfinished(run: Path) -> None:
     """Delete what a kill in the middle of a save has left."""
-    for leftover in (run / FOLDER).glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for name in os.listdir(run / FOLDER) if (run / FOLDER).is_dir() else []:
+        if is_partial(name, r"[0-9]{7,}(\.orbax-checkpoint-tmp.*)?"):
+            shutil.rmtree(run / FOLDER / name, ignore_errors=True)
 
 
 def digest(state: TrainState, position: Mapping[str, Any]) -> str:
@@ -202,7 +212,7 @@ def newest(run: Path, *, expected: bool) -> Checkpoint | None:
                 aside = _move_aside(run, step)
             except OSError as error:
                 raise CheckpointError(f"{text}cannot be moved: {error.strerror}") from None
-            print(f"warning: {text}was moved to {aside}", file=sys.stderr)
+            print(printable(f"warning: {text}was moved to {aside}"), file=sys.stderr)
             continue
         if wrong:
             print(f"resuming from update {step:,}, whose checkpoint is undamaged", file=sys.stderr)
@@ -290,7 +300,8 @@ def _newest_checked(run: Path, candidates: list[int]) -> Checkpoint:
             wrong.append(f"{path(run, step)} is damaged: {damage}")
             continue
         if wrong:
-            print(f"warning: {wrong[0]}; taking that of update {step:,}", file=sys.stderr)
+            text = f"warning: {wrong[0]}; taking that of update {step:,}"
+            print(printable(text), file=sys.stderr)
         return checkpoint
     if wrong:
         raise CheckpointError(f"no checkpoint of {run} can be used: {'; '.join(wrong)}")
@@ -451,10 +462,8 @@ def _names(folder: Path) -> set[str]:
 
 
 def _file_facts(file_path: Path) -> dict[str, Any]:
-    if not file_path.is_file() or file_path.is_symlink():
-        raise Damaged(f"{file_path.name} is not a regular file")
     try:
-        with file_path.open("rb") as file:
+        with open_regular(file_path) as file:
             total = hashlib.file_digest(file, "sha256").hexdigest()
             return {"bytes": file.tell(), "sha256": total}
     except OSError as error:

@@ -23,9 +23,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, PyTree, Shaped
 
+from vaejax.cache import cache_folder
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
-from vaejax.files import cache_folder
 from vaejax.system import processor_id
 
 AXIS = "data"

@@ -1,8 +1,7 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, its status, one live line."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, its status."""
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -15,21 +14,24 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from vaejax.data.batches import Images
-from vaejax.files import atomic
-from vaejax.metrics import read_lines, shown_in
+from vaejax.files import atomic, open_to_append
+from vaejax.metrics import read_lines
 from vaejax.models import autoencoder
 from vaejax.priors import Prior
-from vaejax.system import format_bytes, format_duration, process_memory
 from vaejax.training import copies, run, visualize
 from vaejax.training.config import RunSpec
 from vaejax.training.devices import device_memory_in_use
 from vaejax.training.guards import DiskGuard
+from vaejax.training.progress import Progress
 from vaejax.training.step import TrainState
 from vaejax.training.visualize import Visualizer
 
 # protobuf makes these while it runs
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
 Session: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+
+BOARD_PICTURES = 50  # of each kind, in TensorBoard
 
 
 class Logger:
@@ -80,9 +82,10 @@ class Logger:
         self._metrics.close()
 
     def epoch_begins(self, state: TrainState, epoch: int) -> None:
-        """Draw the pictures before an epoch."""
-        with self._disk.attempt("a picture"):
-            self._visualizer.draw_epoch_begin(state, epoch)
+        """Draw the pictures before the first epoch."""
+        if epoch == 1:
+            with self._disk.attempt("a picture"):
+                self._visualizer.draw_beginning(state)
 
     def train_metrics(self, metrics: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Write the metrics of update `step`, which counts from 0; non-finite ones are left out."""
@@ -99,7 +102,9 @@ class Logger:
     ) -> None:
         """Write the metrics of the held-out images after `step` updates, and draw the pictures."""
         with self._disk.attempt("a picture"):
-            self._visualizer.draw_epoch_end(state, epoch)
+            drawn = self._visualizer.draw_epoch_end(state, epoch)
+            if epoch % -(-self._spec.schedule.epochs // BOARD_PICTURES) == 0:
+                self._metrics.add_pictures(drawn, step=step)
         with self._disk.attempt("a line of metrics"):
             self._metrics.write(step=step, epoch=epoch, split="validation", metrics=metrics)
         self._lines += 1
@@ -116,6 +121,7 @@ class Logger:
             self._write_status(saved=step)
         with self._disk.attempt("the curves"):
             self._draw_curves()
+        self._write_readme()
 
     def stopped(self, step: int, *, saved: bool) -> None:
         """Record that the run stopped after `step` updates."""
@@ -147,7 +153,10 @@ class Logger:
         with self._disk.attempt("a picture of the end"):
             self._draw_curves()
             self._visualizer.draw_faces(state, prior)
-            self._visualizer.draw_film()
+            schedule = self._spec.schedule
+            self._visualizer.draw_film(
+                updates=schedule.updates, per_epoch=schedule.updates_per_epoch
+            )
         found = None
         with self._disk.attempt("the search for copies"):
             found = self._visualizer.draw_nearest(state, prior, self._images, self._held_out)
@@ -260,7 +269,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, step: int, validated: bool = True):
         self.path = folder / "metrics.jsonl"
         kept = self._drop_after(step, validated)
-        self._file = self.path.open("ab", buffering=0)
+        self._file = open_to_append(self.path)
         self._unwritten = bytearray()
         self._board = _Board(folder / "tensorboard", step=step)
         for line in kept:  # TensorBoard drops all of `step`, that of validation as well
@@ -288,6 +297,11 @@ class MetricsWriter:
             self._flush()
         finally:
             self._board.add(line)
+
+    def add_pictures(self, drawn: Mapping[str, np.ndarray], *, step: int) -> None:
+        """Show pictures `[h w c]` in TensorBoard."""
+        for name, picture in drawn.items():
+            self._board.add_picture(name, picture, step=step)
 
     def _flush(self) -> None:
         while self._unwritten:
@@ -324,6 +338,14 @@ class _Board:
             with self._new_file_on_error():
                 self._write(self._events, line)
 
+    def add_picture(self, name: str, picture: np.ndarray, *, step: int) -> None:
+        """Write a picture; one that the disk does not take is lost, as it is a PNG file as well."""
+        if self._events is not None:
+            with self._new_file_on_error():
+                image = summary.image(name, picture, dataformats="HWC")
+                event = Event(wall_time=time.time(), step=step, summary=image)
+                self._events.write_event(event)
+
     def flush(self) -> None:
         """Write everything; after a failure into a new file, since the old one's end is unknown."""
         with self._new_file_on_error():
@@ -359,55 +381,3 @@ class _Board:
             if name not in ("step", "epoch", "split"):
                 scalar = summary.scalar(f"{name}/{line['split']}", value)
                 events.write_event(Event(wall_time=time.time(), step=line["step"], summary=scalar))
-
-
-class Progress:
-    """One line that is overwritten; a plain line every 30 s where there is no terminal."""
-
-    def __init__(
-        self, *, updates: int, epochs: int, batch_size: int, done: int = 0, what: str = ""
-    ):
-        self._updates, self._epochs, self._batch_size = updates, epochs, batch_size
-        self._what = f"{what} " if what else ""  # is trained, where it is not the autoencoder
-        self._live = sys.stderr.isatty()
-        self._start = self._last = (time.monotonic(), done)
-        self._shown = -float("inf")
-
-    def images_per_second(self, done: int) -> float:
-        """Return the speed since the last call, everything in between included."""
-        (then, before), self._last = self._last, (time.monotonic(), done)
-        return (done - before) * self._batch_size / (self._last[0] - then)
-
-    def show(
-        self, done: int, epoch: int, metrics: Mapping[str, float], *, device_memory: int | None
-    ) -> None:
-        """Show the line after `done` updates; `device_memory` is in bytes, if the device knows."""
-        now = time.monotonic()
-        if now - self._shown < (0.1 if self._live else 30):
-            return
-        self._shown = now
-        start, first = self._start
-        left = (now - start) / (done - first) * (self._updates - done)
-        parts = [
-            f"{self._what}epoch {epoch}/{self._epochs}",
-            f"step {done:,}/{self._updates:,}",
-            *(f"{n} {metrics[n]:.5f}" for n in shown_in("progress") if n in metrics),
-            f"{metrics['images_per_second']:,.0f} images/s",
-            f"{format_duration(left)} left",
-            f"RAM {format_bytes(process_memory())}",
-        ]
-        if device_memory is not None:
-            parts.append(f"device {format_bytes(device_memory)}")
-        line = "  ".join(parts)
-        if self._live:
-            width = 80
-            with suppress(OSError):  # the terminal is gone
-                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: not known
-            line = "\r" + line[: width - 1].ljust(width - 1)
-        print(line, end="" if self._live else "\n", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print(text, flush=True)

@@ -4,23 +4,42 @@ import fcntl
 import os
 import shlex
 import socket
+import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaejax.data.batches import DatasetDiff, dataset_diff
+from vaejax.data.records import enclosing_set
 from vaejax.errors import CheckpointError, StorageError, UserError
-from vaejax.files import PARTIAL, printable, read_json, write_json
+from vaejax.files import (
+    PARTIAL,
+    open_regular,
+    open_to_append,
+    printable,
+    read_json,
+    write_json,
+)
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.system import versions
+from vaejax.system import source_commit, versions
 from vaejax.training import checkpoint
 from vaejax.training.config import OtherVersion, RunSpec, differences
 
 ROOT = Path("runs")
+LOCK = "run.lock"
+# A run writes into these folders, and appends to these files. A link in their place would let it
+# write, and delete, elsewhere. What else it writes replaces whatever has that name.
+FOLDERS = (
+    *("samples", "reconstructions", "evaluation", "tensorboard"),
+    *(checkpoint.FOLDER, f"{checkpoint.FOLDER}/{checkpoint.DAMAGED}", "priors"),
+)
+FLOW_FOLDERS = ("priors/flow", *(f"priors/flow/{name}" for name in FOLDERS))
+PICTURES = ("faces.png", "nearest.png", "curves.png")
+APPENDED = (LOCK, "metrics.jsonl", "log.txt", "priors/flow/metrics.jsonl")
 
 
 # Finding a run ------------------------------------------------------------------------------------
@@ -75,7 +94,7 @@ def choose_folder(
     if not _is_run(out):
         names = os.listdir(out) if out.exists() else []
         # a kill in the first moment leaves the lock alone
-        if not all(n == "run.lock" or n.startswith(PARTIAL) for n in names):
+        if not all(n == LOCK or n.startswith(PARTIAL) for n in names):
             raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
     elif fresh:
         _rename_aside(out)
@@ -102,7 +121,7 @@ def _is_run(folder: Path) -> bool:
     """Tell whether a run was begun there, whatever has become of its files since."""
     names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     ours = {"run.json", "metrics.jsonl", checkpoint.FOLDER}
-    return "config.json" in names or ("run.lock" in names and bool(ours & names))
+    return "config.json" in names or (LOCK in names and bool(ours & names))
 
 
 def changed_data(saved: RunSpec, spec: RunSpec) -> DatasetDiff | None:
@@ -138,7 +157,7 @@ def _readable(name: str) -> Iterator[tuple[Path, RunSpec]]:
             try:
                 yield folder, read_or_recover_spec(folder)
             except UserError as error:
-                print(f"warning: {error}. It is left alone", file=sys.stderr)
+                print(printable(f"warning: {error}. It is left alone"), file=sys.stderr)
 
 
 class LoadedRun(NamedTuple):
@@ -204,7 +223,8 @@ def read_or_recover_spec(folder: Path) -> RunSpec:
                 f"{error}, and no checkpoint tells what it held. Put it back, or start anew with "
                 "--fresh, which keeps the folder"
             ) from None
-        print(f"warning: {error}; its newest checkpoint tells what it held", file=sys.stderr)
+        text = f"warning: {error}; its newest checkpoint tells what it held"
+        print(printable(text), file=sys.stderr)
         return spec
 
 
@@ -257,6 +277,7 @@ def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) ->
         "devices": devices,
         "host": socket.gethostname(),
         "versions": versions(),
+        "commit": source_commit(),
     }
     return value | ({"saved": before["saved"]} if "saved" in before else {})
 
@@ -300,16 +321,77 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: no permission for {nearest}")
 
 
+def refuse_output(out: Path, *, inputs: Iterable[Path | str]) -> None:
+    """Raise UserError for a file that a command would write over its input, or into other data.
+
+    `inputs` are files, and folders in which no file may be written. A prepared data set is one, and
+    so are the folders and pictures that a run keeps.
+    """
+    real = Path(os.path.realpath(out))
+    name = f"--out {out}"
+    for path in (Path(os.path.realpath(source)) for source in inputs):
+        if path == real or _same_file(path, real):
+            raise UserError(f"{name} is an input, and would be overwritten: name another file")
+        if path in real.parents:
+            raise UserError(f"{name} lies in {path}, among the input: name a file elsewhere")
+    if prepared := enclosing_set(out):
+        raise UserError(
+            f"{name} lies in {prepared}, which is a prepared data set: name a file elsewhere"
+        )
+    for folder in real.parents:
+        kept = real.relative_to(folder).parts[0]
+        if kept in (*FOLDERS, *PICTURES) and os.path.isfile(folder / "config.json"):
+            raise UserError(
+                f"{name} would be among what the run {folder} keeps: name a file elsewhere"
+            )
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one of them does not exist
+        return False
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError, with its name, for what would lead a run's writing out of its folder.
+
+    The folder itself, and those above it, may be links: `runs` on another disk.
+    """
+    for name in (*FOLDERS, *FLOW_FOLDERS, *APPENDED):
+        path = folder / name
+        try:
+            info = os.lstat(path)
+        except OSError:  # there is none; or it lies in one that was refused
+            continue
+        problem = ""
+        if stat.S_ISLNK(info.st_mode):
+            problem = "is a link"
+        elif name not in APPENDED and not stat.S_ISDIR(info.st_mode):
+            problem = "is no folder"
+        elif name in APPENDED and not stat.S_ISREG(info.st_mode):
+            problem = "is not a regular file"
+        elif name in APPENDED and info.st_nlink > 1:
+            problem = "has another name elsewhere (a hard link)"
+        if problem:
+            raise UserError(
+                f"{folder} is not used: {name} in it {problem}, and what is written there would "
+                "lie elsewhere. If the run is yours, copy it (`cp -rL`) and use the copy"
+            )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and keep every other process from training in it.
 
     The kernel releases the lock when the process ends, however it ends: none is ever stale. Raises
-    UserError if another process holds it, StorageError if the disk takes nothing.
+    UserError if another process holds it, or the folder leads elsewhere, StorageError if the disk
+    takes nothing.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "run.lock").open("a+b", buffering=0)
+        refuse_links(folder)
+        file = open_to_append(folder / LOCK)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,7 +407,7 @@ def locked(folder: Path) -> Iterator[None]:
                 "runs could write over each other: name an --out on another disk"
             ) from None
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        with storage_errors(folder / "run.lock"):
+        with storage_errors(folder / LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         yield
@@ -350,7 +432,7 @@ def refuse_running(folder: Path) -> None:
 def is_locked(folder: Path) -> bool:
     """Tell whether a process trains in `folder`."""
     try:
-        with (folder / "run.lock").open("rb") as file:
+        with open_regular(folder / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

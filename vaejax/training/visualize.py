@@ -12,7 +12,7 @@ import numpy as np
 from vaejax import generate, pictures, plots
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
-from vaejax.files import write_text
+from vaejax.files import printable, write_text
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
@@ -31,7 +31,7 @@ MOMENT_IMAGES = 200  # whose posterior means have the moments of the watched sam
 class Visualizer:
     """Draws into the run's folder; holds 25 latents and some faces, and no picture.
 
-    The watched pictures, drawn at the beginning and at the end of each epoch, make the film:
+    The watched pictures, drawn before the first epoch and at the end of each, make the film:
     samples, or, of a model without a prior, reconstructions. Where a prior will be fitted, and so
     some `training` images are given, samples are of the normal distribution with the mean and
     covariance that the posterior means of those images have at the time.
@@ -53,23 +53,27 @@ class Visualizer:
         inputs = np.asarray(generate.corrupt(faces, jax.random.key(0), model=model))
         self._faces, self._inputs = faces, inputs
 
-    def draw_epoch_begin(self, state: TrainState, epoch: int) -> None:
-        """Draw what is to be seen before an epoch."""
-        self._draw_watched(state, self._watched / f"epoch-{epoch:04}-begin.png")
+    def draw_beginning(self, state: TrainState) -> None:
+        """Draw what is to be seen before the first epoch; the others begin as the last ended."""
+        self._draw_watched(state, self._watched / "epoch-0001-begin.png")
 
-    def draw_epoch_end(self, state: TrainState, epoch: int) -> None:
-        """Draw what is to be seen after an epoch."""
-        self._draw_watched(state, self._watched / f"epoch-{epoch:04}-end.png")
+    def draw_epoch_end(self, state: TrainState, epoch: int) -> dict[str, np.ndarray]:
+        """Draw what is to be seen after an epoch; return the pictures by their names."""
+        drawn = {}
+        path = self._watched / f"epoch-{epoch:04}-end.png"
+        drawn[self._watched.name] = self._draw_watched(state, path)
         if self._samples:
             path = self._folder / "reconstructions" / f"epoch-{epoch:04}.png"
-            self._draw_reconstructions(state, path)
+            drawn["reconstructions"] = self._draw_reconstructions(state, path)
+        return drawn
 
-    def _draw_watched(self, state: TrainState, path: Path) -> None:
-        if self._samples:
-            z = self._z if self._training is None else self._matched_samples(state)
-            pictures.save_png(path, pictures.grid(self._decode(state, z), columns=5))
-        else:
-            self._draw_reconstructions(state, path)
+    def _draw_watched(self, state: TrainState, path: Path) -> np.ndarray:
+        if not self._samples:
+            return self._draw_reconstructions(state, path)
+        z = self._z if self._training is None else self._matched_samples(state)
+        picture = pictures.grid(self._decode(state, z), columns=5)
+        pictures.save_png(path, picture)
+        return picture
 
     def _matched_samples(self, state: TrainState) -> Any:
         """Draw from the normal distribution with the moments of some posterior means.
@@ -118,12 +122,14 @@ class Visualizer:
             return StandardNormal(self._model)
         return prior
 
-    def _draw_reconstructions(self, state: TrainState, path: Path) -> None:
+    def _draw_reconstructions(self, state: TrainState, path: Path) -> np.ndarray:
         """Draw the inputs above their reconstructions, and below both the clean faces if noisy."""
         rows = [self._inputs, self._reconstruct(state, self._inputs)]
         if self._model.denoises:
             rows.append(self._faces)
-        pictures.save_png(path, pictures.stack_rows(rows))
+        picture = pictures.stack_rows(rows)
+        pictures.save_png(path, picture)
+        return picture
 
     def draw_curves(self) -> None:
         """Plot the metrics over the steps."""
@@ -173,11 +179,14 @@ class Visualizer:
         step = int(local(state).step)
         return copies.report(found, step=step, prior=prior.name, training=training)
 
-    def draw_film(self) -> None:
-        """Make a film of the watched pictures; an epoch begins as the last one ended."""
-        first = self._watched / "epoch-0001-begin.png"
-        frames = [first, *sorted(self._watched.glob("epoch-*-end.png"))]
-        pictures.film(frames, mp4=self._folder / "learning.mp4", gif=self._folder / "learning.gif")
+    def draw_film(self, *, updates: int, per_epoch: int) -> None:
+        """Make a film of the watched pictures of a run of so many updates."""
+        frames = {self._watched / "epoch-0001-begin.png": "epoch 0, step 0"}
+        for path in sorted(self._watched.glob("epoch-*-end.png")):
+            epoch = int(path.name.split("-")[1])
+            frames[path] = f"epoch {epoch:,}, step {min(epoch * per_epoch, updates):,}"
+        mp4, gif = self._folder / "learning.mp4", self._folder / "learning.gif"
+        pictures.film(list(frames), mp4=mp4, gif=gif, captions=list(frames.values()))
 
 
 # Words --------------------------------------------------------------------------------------------
@@ -218,13 +227,15 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
     model, schedule = autoencoder.from_json(spec.model), spec.schedule
     shapes = jax.tree.leaves(autoencoder.latent_spec(model))
     latents = " and ".join("×".join(map(str, leaf.shape)) for leaf in shapes)
+    # a run that is finished may be a stranger's, and so may every text in its files
+    state, command, devices = (printable(status[n]) for n in ("status", "command", "devices"))
     lines = [
-        f"# {folder.name}: {status['status']}",
+        f"# {folder.name}: {state}",
         "",
         f"A {model.title} for faces of {model.size}×{model.size} pixels with {latents} latents, by "
-        f"the {schedule.recipe} recipe, on {schedule.images:,} training images: "
+        f"the {printable(schedule.recipe)} recipe, on {schedule.images:,} training images: "
         f"{schedule.updates:,} updates of {spec.batch_size} images. Seed {spec.seed}, on "
-        f"{status['devices']}.",
+        f"{devices}.",
         "",
         "| metric | first batch | last batch | held out | unit | what it is |",
         "|---|---|---|---|---|---|",
@@ -237,10 +248,10 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
             cells = [name, *values, metric.unit, metric.meaning]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     shown = _pictures(folder, model, schedule.prior)
-    lines += ["", _steps(columns), "", *shown, "", *_copies(folder, status)]
+    lines += ["", _steps(columns), "", *_evaluation(folder), *shown, "", *_copies(folder, status)]
     lines += ["## Commands", "", "```"]
     lines += [
-        f"{status['command']}     # resumes, if it is not finished",
+        f"{command}     # resumes, if it is not finished",
         *commands(model, folder),
         "```",
         "",
@@ -251,9 +262,15 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
     write_text(folder / "README.md", "\n".join(lines))
 
 
+def _evaluation(folder: Path) -> list[str]:
+    if not (folder / "evaluation.md").exists():
+        return []
+    return ["Evaluated on held-out images, in [evaluation.md](evaluation.md).", ""]
+
+
 def _copies(folder: Path, status: Mapping[str, Any]) -> list[str]:
     """Return the section on copies of training faces; empty before the end of a run."""
-    lines = copies.section(status.get("copies"))
+    lines = [printable(line) for line in copies.section(status.get("copies"))]
     if lines and (folder / "nearest.png").exists():
         title = "The samples that lie nearest to a training face, above those faces"
         lines += ["", f"![{title}](nearest.png)", "", f"*{title}*"]
@@ -264,7 +281,7 @@ def _steps(columns: tuple[dict | None, ...]) -> str:
     names = ("first batch", "last batch", "held out")
     steps = [f"{n}: step {c['step']:,}" for n, c in zip(names, columns, strict=True) if c]
     if not steps:
-        return "No update was made yet."
+        return "No metrics yet: they are written here at every checkpoint and after every epoch."
     return "; ".join(steps) + ". On a batch the likelihood's variance is that batch's mse."
 
 
