@@ -301,7 +301,7 @@ def test_without_a_crop_the_key_and_the_fingerprint_are_hashes_of_the_files(phot
     hashes = sorted(hashlib.sha256((photos / name).read_bytes()).hexdigest() for name in names)
     joined = "\n".join([*hashes, "32"]).encode()
     assert report["fingerprint"] == hashlib.sha256(joined).hexdigest()
-    key = hashlib.sha256(b"vaejax prepared set 3, splits 2, 32 pixels\n")
+    key = hashlib.sha256(b"vaejax prepared set 4, splits 2, 32 pixels\n")
     for name in sorted(os.listdir(photos)):
         stat = (photos / name).stat()
         key.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())

@@ -132,10 +132,13 @@ def test_there_is_a_contact_sheet_and_no_other_file_is_left(prepared: Path):
     records = {f"faces-{split}.array_record-00000-of-00001" for split in SPLITS}
     tables = {"dataset_info.json", "features.json"}
     assert {path.name for path in (prepared / "records").iterdir()} == records | tables
+    pixels = {path.name for path in (prepared / "pixels").iterdir()}
+    assert pixels == {f"{split}-00000-of-00001" for split in SPLITS}
     assert {path.name for path in prepared.iterdir()} == {
         "dataset_report.json",
         "contact_sheet.png",
         "records",
+        "pixels",
     }
     with Image.open(prepared / "contact_sheet.png") as sheet:
         assert sheet.size == (8 * 18 + 2, 8 * 18 + 2)

@@ -111,7 +111,7 @@ class Beam:
         for file in Path(faces.data_dir).glob("*.array_record-*"):
             file.rename(folder / file.name)
         shutil.rmtree(faces.data_dir)  # or TFDS would take the next split for prepared
-        return records.split_info(folder, split=split, lengths=lengths)
+        return records.finish_split(folder, split=split, lengths=lengths)
 
     def check(self) -> None:
         """Raise UserError if there is no such runner, or it does not accept these options."""
@@ -284,7 +284,9 @@ class _Writer(ExampleWriter):
 
     def write(self, path: Any, examples: Iterable[Any]) -> None:
         with _unshared(path) as partial:
-            records.write_records(partial, (example for _, example in examples))
+            serialized = (example for _, example in examples)
+            records.write_records(partial, ((s, records.image_of(s)) for s in serialized))
+            os.replace(f"{partial}.pixels", f"{os.fspath(path)}.pixels")
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:

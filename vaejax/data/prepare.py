@@ -123,7 +123,8 @@ def prepare(
                 _check_free_space(partial, job)
                 report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
-            _holds(folder, key, files.entries)
+            if not _holds(folder, key, files.entries):
+                raise
             return folder
         except BrokenPipeError:  # nobody reads what `say` prints
             raise
@@ -279,7 +280,7 @@ def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
     """Write everything into an empty folder, and return the report."""
     start = time.monotonic()
     with job.workers.gather(
-        job.files, partial / "pixels", size=job.size, detector=job.detector, say=job.say
+        job.files, partial / "scratch", size=job.size, detector=job.detector, say=job.say
     ) as gathered:
         if job.detector is not None and job.files.entries:
             gathered.sheet.save(partial / faces.SHEET_NAME)
