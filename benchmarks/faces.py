@@ -22,7 +22,6 @@ PyTorch's contenders need `pip install torch pythae torchgan diffusers`.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -61,8 +60,14 @@ BLOCK = 1024  # training images that are compared at a time
 ROUNDS = 3  # of measuring
 MIN_UPDATES = 20  # where the minutes are too few for more
 SHOWN = 10  # samples of each contender in the picture
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 METRICS = ("frechet", "precision", "recall", "coverage")
+# A program that asks Linux to terminate it when this one is gone, even by SIGKILL (prctl 1 is
+# PR_SET_PDEATHSIG), and becomes the one that is named. A preexec_fn would fork JAX's threads.
+END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Contender(NamedTuple):
@@ -319,8 +324,8 @@ def run(command: list[str], log: Path) -> str:
     environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=file,
-            text=True, preexec_fn=_end_with_parent,
+            [sys.executable, "-c", END_WITH_PARENT, *command], env=environment,
+            stdout=subprocess.PIPE, stderr=file, text=True,
         )  # fmt: skip
         try:
             output = process.communicate()[0]
@@ -333,11 +338,6 @@ def run(command: list[str], log: Path) -> str:
         tail = log.read_text(errors="replace")[-2000:]
         sys.exit(f"{' '.join(command)} ended with {process.returncode}. The end of {log}:\n{tail}")
     return output.strip().rpartition("\n")[2]
-
-
-def _end_with_parent() -> None:
-    """Have this process terminated when the one that started it is gone, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 # The judge ----------------------------------------------------------------------------------------
