@@ -273,16 +273,13 @@ def _write_copy(partial: Path, prepared: Path, splits: Sequence[str]) -> None:
     def examples(split: str) -> Iterator[records.Record]:
         for own, row in zip(splits, rows, strict=True):
             if own == split:
-                pixels = row.images.read(np.array([row.place]))[0]
+                pixels = row.images.read(np.array([row.place], np.int64))[0]
                 yield records.Record(image=pixels, **row.images.metadata(row.place))
 
     counts = {name: splits.count(name) for name in _SPLITS if name in (*INTERVALS, *splits)}
     folder, size = partial / "records", report["size"]
     folder.mkdir()
-    infos = [
-        records.write_split(folder, size=size, split=name, examples=examples(name))
-        for name in counts
-    ]
+    infos = [records.write_split(folder, split=name, examples=examples(name)) for name in counts]
     records.write_metadata(folder, size=size, splits=infos)
     shutil.copyfile(prepared / "contact_sheet.png", partial / "contact_sheet.png")
     hashes = [row.facts.sha256 for row in rows]

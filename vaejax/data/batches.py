@@ -139,9 +139,11 @@ class Selection(Images):
         """The shape `(h, w, c)` of an image."""
         return self._images.shape
 
-    def read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
-        """Read images by their indices in the selection."""
-        return self._images.read(self._indices[indices])
+    def read(
+        self, indices: Int[np.ndarray, " b"], out: UInt8[np.ndarray, "b h w c"] | None = None
+    ) -> UInt8[np.ndarray, "b h w c"]:
+        """Read images by their indices in the selection, into `out` or a new array."""
+        return self._images.read(self._indices[indices], out)
 
     def metadata(self, index: int) -> records.Metadata:
         """Return the person, the path and the SHA-256 of an image's file."""
