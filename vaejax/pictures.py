@@ -177,7 +177,8 @@ def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[by
     command += ["-r", str(Fraction(rate).limit_denominator(1000)), "-i", "-", "-an"]
     # yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
     command += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
-    command += ["-vcodec", "libx264", "-crf", "10", str(path)]
+    # a number of threads, or the bytes of the film would depend on the number of cores
+    command += ["-vcodec", "libx264", "-crf", "10", "-threads", "4", str(path)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

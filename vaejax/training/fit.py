@@ -45,6 +45,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     )
     devices = dev.choose(config.devices, config.parallel)
     refuse_uneven(recipe, devices)
+    plan.refuse_too_large(recipe, devices=devices)
     if recipe.prior == "mixture":
         require_mixture_fits(recipe.model)
     source = config.data or drawn_faces()
@@ -79,7 +80,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         length = plan.make_plan(recipe, images=images)
         print(plan.describe_plan(recipe, length, images=images))
         signals = stack.enter_context(SignalGuard().listening())
-        options = Options(folder, spec, recipe, devices, signals, config.max_ram)
+        options = Options(folder, spec, recipe, devices, signals, config.max_ram, config.strict)
         finish(options)
     return folder
 

@@ -16,7 +16,6 @@ from vaejax.errors import CheckpointError, StorageError, UserError
 from vaejax.files import PARTIAL, printable, read_json, write_json
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.system import versions
 from vaejax.training import checkpoint
 from vaejax.training.config import OtherVersion, RunSpec, differences
 
@@ -217,7 +216,7 @@ STATUS_FIELDS = ("status", "started", "changed", "command", "devices")
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Read `run.json`: status, command, devices, versions. UserError if missing or damaged."""
+    """Read `run.json`: status, command, devices, environment. UserError if missing or damaged."""
     path = folder / "run.json"
     try:
         value = read_json(path)
@@ -239,7 +238,9 @@ def last_status(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def initial_status(
+    spec: RunSpec, *, environment: Mapping[str, str], before: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the `run.json` of a run that starts or resumes.
 
     It holds what a reader needs in order to trust the metrics. The start, and the step of the last
@@ -254,9 +255,9 @@ def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) ->
         "command": shlex.join(["python", *(word for word in sys.argv if word != "--fresh")]),
         "seed": spec.seed,
         "data": dict(spec.data),
-        "devices": devices,
+        "devices": environment["devices"],
         "host": socket.gethostname(),
-        "versions": versions(),
+        "environment": dict(environment),
     }
     return value | ({"saved": before["saved"]} if "saved" in before else {})
 
