@@ -207,6 +207,14 @@ def test_data_imports_neither_jax_nor_plots():
     subprocess.run([sys.executable, "-c", IMPORT_DATA], check=True, cwd=ROOT)
 
 
+def test_every_key_names_the_implementation_of_its_random_numbers():
+    for path in [*MODULES, *(ROOT / "experiments").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("random.key"):
+                arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+                assert ast.unparse(arguments["impl"]) == "'threefry2x32'", path
+
+
 # what makes programs of data, and what is only called to do that
 LOADERS = {
     "pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "runpy", "shelve", "torch",
