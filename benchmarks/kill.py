@@ -1,6 +1,7 @@
 """Kill a run at random moments, resume it, and compare its result with that of an unkilled run.
 
     python benchmarks/kill.py 50
+    python benchmarks/kill.py 50 --random-cores
     python benchmarks/kill.py 4 --seed 1 --json kill.json
 
 A small run that does everything (streamed images, pictures, film, metrics, checkpoints, a flow as
@@ -8,10 +9,11 @@ its prior) is made once without interruption. Other runs of the same command are
 SIGKILL, as often in all as the first argument says, each time after they have made progress: every
 second kill is at a random moment, every other one as soon as a checkpoint begins to be written, or
 some milliseconds later. Half of the kills are in the autoencoder's training, the others in the
-flow's: those let the autoencoder be. Whenever a run finishes, everything is compared, of both: the
-SHA-256 over parameters, batch_stats, optimizer, step and position in the data; every line of
-metrics.jsonl except for the speed; every picture, and the film, byte by byte. Exits with 1 if
-anything differs.
+flow's: those let the autoencoder be. With --random-cores every start may use other cores, and
+another number of them, than the one before. Whenever a run finishes, everything is compared, of
+both: the SHA-256 over parameters, batch_stats, optimizer, step and position in the data; every line
+of metrics.jsonl except for the speed; every picture, and the film, byte by byte. Exits with 1 if
+anything differs, or a start takes twenty times as long as the whole of the unkilled run.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vaejax.data.sources import drawn_faces
 from vaejax.files import PARTIAL, read_json, write_json
@@ -39,6 +41,7 @@ from vaejax.training.flow_prior import flow_folder
 ROOT = Path(__file__).parents[1]
 FACES = 130  # about 117 of them are training images; a flow wants 100
 CHECKPOINT_STEPS = 7
+PATIENCE = 20  # how many times as long as the unkilled run a start may take
 FLAGS = (
     *("--recipe", "quick", "--size", "32", "--batch-size", "9", "--epochs", "3"),
     *("--prior", "flow", "--prior-steps", "40", "--prior-width", "32"),
@@ -55,7 +58,16 @@ class Kill:
     reached: int  # updates made, when it was killed
     kept: int  # updates of the newest complete checkpoint at that time
     in_a_save: bool  # whether an unfinished checkpoint was left
+    cores: list[int]  # that the process could use
     seconds_to_first_step: float  # from the start of the process
+
+
+# a process that starts another program in its place, on some cores
+ON_CORES = """
+import json, os, sys
+os.sched_setaffinity(0, json.loads(sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Training:
@@ -111,10 +123,21 @@ class Training:
 
 
 class Run:
-    """A run in a folder of its own, which can be started and killed any number of times."""
+    """A run in a folder of its own, which can be started and killed any number of times.
 
-    def __init__(self, folder: Path, faces: Path):
-        self.folder = folder
+    Its processes use the cores that `choose_cores` returns, and may take `limit` seconds each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        faces: Path,
+        *,
+        choose_cores: Callable[[], list[int]],
+        limit: float | None = None,
+    ):
+        self.folder, self._choose_cores, self._limit = folder, choose_cores, limit
+        self.cores, self._deadline = choose_cores(), float("inf")
         self.autoencoder, self.flow = Training(folder), Training(flow_folder(folder))
         self._command = [
             *(sys.executable, str(ROOT / "experiments" / "anime.py"), *FLAGS),
@@ -123,13 +146,40 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         """Start the run, or resume it, in a process of its own."""
+        self.cores = self._choose_cores()
+        if self._limit is not None:
+            self._deadline = time.monotonic() + self._limit
+        words = [sys.executable, "-c", ON_CORES, json.dumps(self.cores), *self._command]
         return subprocess.Popen(
-            self._command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
+
+    def wait_for(
+        self, condition: Callable[[], bool], process: subprocess.Popen, *, interval: float
+    ) -> bool:
+        """Wait until a condition holds; False if the process ended before.
+
+        It is asked every `interval` seconds. Exits if the process takes too long.
+        """
+        while process.poll() is None:
+            if condition():
+                return True
+            if time.monotonic() > self._deadline:
+                self._give_up(process)
+            time.sleep(interval)
+        return False
+
+    def _give_up(self, process: subprocess.Popen) -> NoReturn:
+        process.kill()
+        sys.exit(f"{self.folder}: the process took more than {self._limit:.0f} s")
 
     def finish(self, process: subprocess.Popen) -> None:
         """Wait for the end of the process, and exit with its error if it failed."""
-        _, errors = process.communicate()
+        left = None if self._limit is None else self._deadline - time.monotonic()
+        try:
+            _, errors = process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            self._give_up(process)
         if process.returncode != 0:
             sys.exit(f"{self.folder} ended with {process.returncode}:\n{errors[-2000:]}")
 
@@ -164,13 +214,13 @@ def start_and_kill(
         replaced = training.metrics_inode() != inode and training.metrics_size() > 0
         return replaced and max(training.steps(), default=-1) >= resumed_at
 
-    if not wait_for(has_progressed, process, interval=0.002):
+    if not run.wait_for(has_progressed, process, interval=0.002):
         run.finish(process)
         return None
     seconds_to_first_step = time.monotonic() - started
     delay = chance.uniform(0, duration)
     if in_a_save:
-        if not wait_for(training.is_saving, process, interval=0.0005):
+        if not run.wait_for(training.is_saving, process, interval=0.0005):
             run.finish(process)
             return None
         delay = chance.uniform(0, 0.05)
@@ -181,16 +231,8 @@ def start_and_kill(
         return None
     reached = max(training.steps(), default=-1) + 1
     saving = training.is_saving()
-    return Kill(of_flow, resumed_at, reached, training.newest(), saving, seconds_to_first_step)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, *, interval: float) -> bool:
-    """Wait until a condition holds; False if the process ended before. `interval` is in seconds."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(interval)
-    return False
+    kept, cores = training.newest(), run.cores
+    return Kill(of_flow, resumed_at, reached, kept, saving, cores, seconds_to_first_step)
 
 
 def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
@@ -202,21 +244,33 @@ def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
 
 
 def kill_runs(
-    folder: Path, faces: Path, *, count: int, chance: random.Random
+    folder: Path, faces: Path, *, count: int, chance: random.Random, random_cores: bool
 ) -> tuple[dict[str, Any], list[Kill], list[list[str]]]:
     """Kill runs until there are `count` kills.
 
     Returns the result of the unkilled run, the kills, and the differences of every killed run.
     """
-    reference = Run(folder / "reference", faces)
+    present = sorted(os.sched_getaffinity(0))
+
+    def choose_cores() -> list[int]:
+        if not random_cores:
+            return present
+        return sorted(chance.sample(present, chance.randint(1, len(present))))
+
+    reference, began = (
+        Run(folder / "reference", faces, choose_cores=lambda: present),
+        time.monotonic(),
+    )
     durations = time_both(reference)
+    limit = PATIENCE * (time.monotonic() - began)
     expected = reference.result()
     seconds = " and ".join(f"{duration:.1f} s" for duration in durations)
     print(f"an unkilled run trains its autoencoder and its flow in {seconds}", flush=True)
     kills: list[Kill] = []
     different: list[list[str]] = []
     while len(kills) < count:
-        run = Run(folder / f"run-{len(different)}", faces)
+        name = f"run-{len(different)}"
+        run = Run(folder / name, faces, choose_cores=choose_cores, limit=limit)
         while len(kills) < count:
             of_flow, in_a_save = len(kills) % 2 == 1, len(kills) % 4 in (1, 2)
             if not of_flow and run.flow.steps():
@@ -230,7 +284,8 @@ def kill_runs(
             where = " in a save" if kill.in_a_save else ""
             steps = f"resumed at {kill.resumed_at}, killed at {kill.reached}"
             what = "flow" if of_flow else "autoencoder"
-            print(f"kill {len(kills)}, in the {what}: {steps}{where}", flush=True)
+            cores = f", on {len(kill.cores)} cores" if random_cores else ""
+            print(f"kill {len(kills)}, in the {what}: {steps}{where}{cores}", flush=True)
         run.finish(run.start())
         different.append(differences(expected, run.result()))
         text = ", ".join(different[-1]) or "no difference"
@@ -241,9 +296,9 @@ def kill_runs(
 def time_both(run: Run) -> tuple[float, float]:
     """Make a run; return the seconds that the training of its autoencoder and its flow take."""
     process = run.start()
-    wait_for(lambda: bool(run.autoencoder.steps()), process, interval=0.01)
+    run.wait_for(lambda: bool(run.autoencoder.steps()), process, interval=0.01)
     began = time.monotonic()
-    wait_for(lambda: bool(run.flow.steps()), process, interval=0.01)
+    run.wait_for(lambda: bool(run.flow.steps()), process, interval=0.01)
     between = time.monotonic()
     run.finish(process)
     return between - began, time.monotonic() - between
@@ -253,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="does a run that is killed end the same?")
     parser.add_argument("kills", type=int, help="how many times to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--random-cores", action="store_true", help="other cores at each start")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     if options.kills < 1:
@@ -263,7 +319,13 @@ def main() -> None:
             names = [name for name in drawn.namelist() if name.endswith(".webp")]
             drawn.extractall(faces, names[:FACES])
         chance = random.Random(options.seed)
-        expected, kills, runs = kill_runs(Path(folder), faces, count=options.kills, chance=chance)
+        expected, kills, runs = kill_runs(
+            Path(folder),
+            faces,
+            count=options.kills,
+            chance=chance,
+            random_cores=options.random_cores,
+        )
     different = [name for names in runs for name in names]
     in_saves = sum(kill.in_a_save for kill in kills)
     lost = max(kill.reached - kill.kept for kill in kills)

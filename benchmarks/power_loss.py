@@ -355,7 +355,9 @@ def record_saves(
         state = jax.tree.map(lambda leaf, n=number: jnp.full(leaf.shape, n, leaf.dtype), like())
         position = {"epoch": number}
         with recorder.recording():
-            checkpoint.save(folder, state, position, spec={"number": number}, keep=keep)
+            checkpoint.save(
+                folder, state, position, spec={"number": number}, environment={}, keep=keep
+            )
         returned.append(len(recorder.operations))
         digests.append(checkpoint.digest(state, position))
     return recorder, returned, digests

@@ -6,6 +6,8 @@ import os
 # LLVM's passes would take a third of the time of all tests, and are not what is tested. Processes
 # that the tests start inherit the flag; those that must run as people run them drop it.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# as `devices.configure` sets them: whether or not a test calls it, all compute the same bits
+os.environ |= dict.fromkeys(("PJRT_NPROC", "NPROC"), "8")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -16,6 +16,7 @@ MODULES = sorted((ROOT / "vaejax").rglob("*.py"))
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
+    "interrupt": set(),
     "files": {"errors"},
     "cache": {"errors", "files"},
     "system": {"__init__"},
@@ -59,7 +60,7 @@ ALLOWED = {
         "commands", "data", "errors", "evaluation", "generate", "latent", "models", "nearest",
         "pictures", "priors", "training",
     },
-    "cli": {"commands", "errors", "files", "latent_commands", "training"},
+    "cli": {"commands", "errors", "files", "interrupt", "latent_commands", "training"},
 }  # fmt: skip
 # which packages stay behind which door
 DOORS = {
@@ -219,6 +220,14 @@ def test_data_imports_neither_jax_nor_plots():
     for path in (ROOT / "vaejax" / "data").glob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & HEAVY, path
     subprocess.run([sys.executable, "-c", IMPORT_DATA], check=True, cwd=ROOT)
+
+
+def test_every_key_names_the_implementation_of_its_random_numbers():
+    for path in [*MODULES, *(ROOT / "experiments").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("random.key"):
+                arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+                assert ast.unparse(arguments["impl"]) == "'threefry2x32'", path
 
 
 # what makes programs of data, and what is only called to do that

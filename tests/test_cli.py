@@ -97,6 +97,25 @@ def test_an_experiment_refuses_a_mistake_in_one_line(flags: list[str], tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+INTERRUPTED = """
+import os, signal
+from vaejax import cli
+os.kill(os.getpid(), signal.SIGINT)
+from vaejax import losses
+"""
+
+
+def test_ctrl_c_while_a_program_is_imported_is_one_line(tmp_path: Path):
+    program = tmp_path / "experiment.py"
+    program.write_text(INTERRUPTED)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_whoever_imports_the_command_line_otherwise_keeps_a_ctrl_c_as_it_is():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_prepare_leaves_its_report_where_it_was_told(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

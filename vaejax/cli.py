@@ -1,5 +1,8 @@
 """The command line: how it is parsed and how errors are shown; what all experiments share."""
 
+# first of all, because the others take seconds to import
+from vaejax import interrupt  # isort: split
+
 import errno
 import importlib.util
 import io
@@ -41,7 +44,7 @@ def errors_as_messages() -> Iterator[None]:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupt.EXIT_CODE)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -134,10 +137,11 @@ def experiment(main: Callable[[Flags], None], config: type[Flags], description: 
 
     with errors_as_messages(), unbreakable_output():
         flags = parse(config, description=description)
-        devices.configure(keep=not flags.dry_run)
+        devices.configure(keep=not flags.dry_run, threads=flags.threads)
         devices.initialize_processes(flags.coordinator, flags.processes, flags.process_id)
         if not devices.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+        interrupt.raise_from_now_on()
         main(flags)
 
 
@@ -223,4 +227,7 @@ def main() -> None:
     with errors_as_messages():
         _import_files()
         command = parse(kinds, prog="vaejax", description=DESCRIPTION)
+        if not isinstance(command, commands.Prepare):
+            import jax  # noqa: F401  which takes longest, before a Ctrl-C is an exception
+        interrupt.raise_from_now_on()
         run[type(command)](command)

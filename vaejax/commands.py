@@ -231,7 +231,7 @@ def denoise(command: Denoise) -> None:
         )
     clean = inputs = read_images(command.images, size=model.size)
     if command.add_noise:
-        key = jax.random.key(command.seed)
+        key = jax.random.key(command.seed, impl="threefry2x32")
         inputs = np.asarray(generate.corrupt(clean, key, model=model))
     rows = [inputs, reconstruct_all(loaded, inputs)]
     words = "images above what they are without their noise"

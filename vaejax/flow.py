@@ -224,7 +224,7 @@ def log_prob(
     if d <= EXACT_UP_TO:
         probes = jnp.eye(d, dtype=z.dtype)
     else:
-        probes = jax.random.rademacher(jax.random.key(0), (PROBES, d), z.dtype)
+        probes = jax.random.rademacher(jax.random.key(0, impl="threefry2x32"), (PROBES, d), z.dtype)
 
     def velocity(state: Any, t: Float[Array, ""]) -> Any:
         def at(z: Float[Array, "b d"]) -> Float[Array, "b d"]:

@@ -271,7 +271,8 @@ def _write_gif(path: Path, frames: Iterable[Image.Image], *, count: int, rate: f
 
 # yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
 MP4 = ("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p")
-MP4 += ("-vcodec", "libx264", "-crf", "10")
+# with a number of threads, or the bytes of the film would depend on the number of cores
+MP4 += ("-vcodec", "libx264", "-crf", "10", "-threads", "4")
 # a palette of each frame, so that none has to wait for the last one; without dithering, whose noise
 # would flicker
 GIF = ("-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none")

@@ -80,7 +80,9 @@ class NoisePrior(Prior, Protocol):
 
 def seed_keys(seeds: Iterable[int]) -> Key[Array, " b"]:
     """Return a key for each seed, the same in every run; seeds are below 2**32."""
-    root = jax.random.key(2**32 - 1)  # no run's --seed: its noise and these are independent
+    root = jax.random.key(
+        2**32 - 1, impl="threefry2x32"
+    )  # no run's --seed: its noise and these are independent
     return jax.vmap(partial(jax.random.fold_in, root))(jnp.asarray(list(seeds), jnp.uint32))
 
 

@@ -116,6 +116,16 @@ def source_commit() -> str:
     return found.stdout.strip() if found.returncode == tracked.returncode == 0 else ""
 
 
+def processor() -> str:
+    """Return the processor's model, and the hash of `processor_id`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())} {processor_id()}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of vaejax, Python and the libraries that compute, read and write."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

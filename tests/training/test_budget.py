@@ -11,6 +11,7 @@ from test_latents import LatentImage
 from vaejax import losses
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
+from vaejax.models.vae import VAE
 from vaejax.training import budget, checkpoint, fit, flow_prior, plan, run
 from vaejax.training import devices as dev
 from vaejax.training.config import Config, Recipe, resolve
@@ -108,6 +109,26 @@ def test_a_run_has_one_length():
     assert (other.minutes, other.steps, other.epochs) == (3, None, None)
     assert plan.make_plan(fixed, images=80) == (10, 5)
     assert plan.make_plan(resolve(Flags(epochs=2), RECIPE), images=80) == (10, 20)
+
+
+def test_more_updates_than_an_int32_counts_are_refused():
+    endless = resolve(Flags(epochs=2**31 - 1), RECIPE)
+    with pytest.raises(UserError, match="updates are more than a run can count"):
+        plan.make_plan(endless, images=80)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": VAE(size=16, latent_dim=3 * 10**8)}, "the model has .*--latent-dim"),
+        ({"prior": "flow", "prior_width": 300_000_000}, "the flow has .*--prior-width"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused_before_they_are_allocated(change: dict, words: str):
+    devices = dev.choose(1)
+    plan.refuse_too_large(RECIPE, devices=devices)
+    with pytest.raises(UserError, match=words):
+        plan.refuse_too_large(replace(RECIPE, **change), devices=devices)
     with pytest.raises(UserError, match="--minutes 0"):
         resolve(Flags(minutes=0.0), RECIPE)
 

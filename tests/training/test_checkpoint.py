@@ -16,8 +16,7 @@ from vaejax import commands, doctor
 from vaejax.data import batches as data_batches
 from vaejax.errors import CheckpointError, UserError, VaejaxError
 from vaejax.files import partial_name
-from vaejax.system import versions
-from vaejax.training import checkpoint, devices, finish, run, visualize
+from vaejax.training import checkpoint, devices, run, visualize
 from vaejax.training.checkpoint import Checkpoint
 from vaejax.training.step import TrainState, init
 
@@ -135,7 +134,8 @@ def test_a_manifest_that_was_forged_with_its_files_is_still_not_the_state(folder
 
 @pytest.mark.parametrize(
     "facts",
-    [{"spec": None}, {"spec": 3}, {"versions": []}, {"state": 0}, {"step": "18"}, {"format": 3}],
+    [{"spec": 3}, {"environment": []}, {"environment": {"jax": 3}}]
+    + [{"state": 0}, {"step": "18"}, {"format": 3}, {"spec": None}],
 )
 def test_a_manifest_that_was_forged_is_damaged_and_no_traceback(folder: Path, facts: dict, capsys):
     forge(folder, **facts)
@@ -262,19 +262,6 @@ def test_what_a_kill_in_a_save_has_left_is_no_checkpoint_and_is_cleared_away(
     assert sorted(names) == [mine.name, "0000007", "0000014", "0000018"]
 
 
-def test_other_versions_are_one_warning(
-    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
-    leave(folder, "stopped")
-    train(data, folder)
-    assert "other versions" not in capsys.readouterr().err
-    leave(folder, "stopped")
-    now = versions()
-    monkeypatch.setattr(finish, "versions", lambda: {**now, "flax": "99.0"})
-    train(data, folder)
-    assert capsys.readouterr().err.count(f"flax {now['flax']} → 99.0") == 1
-
-
 # Other versions of vaejax ------------------------------------------------------------------------
 
 
@@ -393,7 +380,9 @@ def test_a_file_that_somebody_edited_is_an_error_errors_as_messages_or_does_no_h
         ],
         "run.json": [
             lambda: run.actual_status(folder),
-            lambda: run.initial_status(spec, devices="", before=run.last_status(folder)),
+            lambda: run.initial_status(
+                spec, environment={"devices": ""}, before=run.last_status(folder)
+            ),
             write_page,
         ],
     }

@@ -201,6 +201,7 @@ def test_every_flag_of_an_experiment_sets_something_in_one_of_its_recipes(name: 
     + [("width", 0), ("noise", -0.1), ("beta", -1.0), ("warmup_steps", -1), ("micro_batch", 0)]
     + [("checkpoint_steps", 0), ("keep", 0), ("seed", -1), ("seed", 2**32 - 1)]
     + [("kl_weight", -0.1), ("kl_weight", float("nan")), ("clip_norm", 0.0), ("ema_decay", 1.0)]
+    + [("epochs", 99999999999999999), ("latent_dim", 3 * 10**9), ("threads", 0)]
     + [("learning_rate", 0.0), ("learning_rate", float("inf")), ("checkpoint_minutes", -1.0)],
 )
 def test_a_value_out_of_range_is_refused_with_its_flag(flag: str, value: object):
@@ -331,6 +332,7 @@ DAMAGED = [
     ("optimizer", "adam"), ("optimizer", {}), ("data", None), ("batch_size", 0),
     ("batch_size", 2.5), ("batch_size", True), ("micro_batch", "4"), ("micro_batch", 0),
     ("micro_batch", 2.5), ("ema_decay", -1.0), ("ema_decay", float("nan")), ("flip", 1),
+    ("loss.kl_weight", "x"), ("loss.beta", True), ("optimizer.learning_rate", -1.0),
     ("flip", None), ("seed", -1), ("seed", None), ("schedule", None), ("schedule", []),
 ]  # fmt: skip
 DAMAGED_SCHEDULE = [
@@ -343,9 +345,16 @@ DAMAGED_SCHEDULE = [
 
 @pytest.mark.parametrize(("field", "value"), DAMAGED, ids=str)
 def test_a_damaged_run_spec_is_refused_with_its_field(field: str, value: object):
-    damaged = {**spec_of(QUICK).to_json(), field: value}
+    damaged = spec_of(QUICK).to_json()
+    if setting := field.partition(".")[2]:
+        part = field.partition(".")[0]
+        damaged[part] = {**damaged[part], setting: value}
+    else:
+        damaged[field] = value
     with pytest.raises(ValueError, match=f'"{field}"'):
         RunSpec.from_json(damaged)
+    if setting:
+        return
     del damaged[field]
     if field not in ("micro_batch", "ema_decay"):  # for which null is a value
         with pytest.raises(ValueError, match=f'"{field}"'):

@@ -296,7 +296,9 @@ def test_validation_is_of_the_moving_average_where_there_is_one(draw):
 
 
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-def test_two_processes_of_two_devices_end_as_one_process_does(data: Path, tmp_path: Path):
+def test_two_processes_of_two_devices_end_as_one_process_does(
+    data: Path, tmp_path: Path, patience: float
+):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -315,7 +317,7 @@ def test_two_processes_of_two_devices_end_as_one_process_does(data: Path, tmp_pa
         )
         for i in range(2)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=patience)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "in 2 processes" in run.read_status(tmp_path / "two")["devices"]
     train(data, tmp_path / "one", devices=4, steps=6, norm="affine")

@@ -165,14 +165,14 @@ def test_an_evaluation_has_samples_of_the_flow_last(complete: Path):
 
 
 def test_a_run_that_is_stopped_and_killed_in_its_flow_ends_as_if_it_had_not_been(
-    complete: Path, many: Path, tmp_path: Path, capsys
+    complete: Path, many: Path, tmp_path: Path, capsys, patience: float
 ):
     out, reached = tmp_path / "run", 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = start(many, out)
         after_steps(process, flow_of(out), len(lines(flow_of(out))) + 4 if reached else 4)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=patience)
         killed = number == signal.SIGKILL
         assert process.returncode == (-number if killed else 128 + number), errors
         assert "Traceback" not in errors

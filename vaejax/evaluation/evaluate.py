@@ -192,7 +192,9 @@ def evaluate(
     """
     started = time.monotonic()
     trained, held_out = trained_run.trained, trained_run.held_out
-    fit_key, noise_key, bound_key = jax.random.split(jax.random.key(config.seed), 3)
+    fit_key, noise_key, bound_key = jax.random.split(
+        jax.random.key(config.seed, impl="threefry2x32"), 3
+    )
     log_variance = passes.fit_log_variance(trained, trained_run.validation, fit_key)
     sets = FaceSets(trained.model, features)
 

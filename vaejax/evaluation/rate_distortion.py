@@ -46,7 +46,7 @@ def measure(folder: Path, *, seed: int) -> Point:
     path = folder / "rate_distortion.json"
     if (kept := _read_point(path, facts)) is not None:
         return kept
-    fit_key, noise_key = jax.random.split(jax.random.key(seed))
+    fit_key, noise_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     log_variance = passes.fit_log_variance(run.trained, run.validation, fit_key)
     scores = passes.evaluate_images(run.trained, run.held_out, noise_key, log_variance)
     results = evaluate.image_results(scores, log_variance, run)

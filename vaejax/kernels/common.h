@@ -77,7 +77,11 @@ static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) /
 // a multiple of the page size would map all rows to the same few sets of the cache.
 static inline int64_t padded_stride(int64_t n) { return ceil_to(n, 2 * kLanes) + kLanes; }
 
-static int64_t workers(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+// The threads that a kernel uses: those of XLA's pool, of which there may be more than cores.
+static int64_t workers(ffi::ThreadPool& pool) {
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  return std::clamp<int64_t>(pool.num_threads(), 1, cores);
+}
 
 // Call body(item, worker) for every item; workers are numbered from 0. The calling thread is one of
 // them, and waits only for items that another thread has begun: all threads of XLA's pool may call

@@ -225,7 +225,7 @@ def posterior_spec(model: Any) -> Any:
         x = jnp.zeros((1, model.size, model.size, model.channels))
         return encode(model, *init(model, key), x)
 
-    return jax.eval_shape(encode_one, jax.random.key(0))
+    return jax.eval_shape(encode_one, jax.random.key(0, impl="threefry2x32"))
 
 
 def latent_spec(model: Autoencoder) -> PyTree:

@@ -44,7 +44,7 @@ def rows(model: Autoencoder) -> list[Row]:
         return output
 
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(partial(init, model), jax.random.key(0))
+        jax.eval_shape(partial(init, model), jax.random.key(0, impl="threefry2x32"))
     # a submodule that has layers of its own is the title of their table, and no layer
     branches = {path[0] for path in calls if len(path) == 2}
     return [row for path, row in calls.items() if path[0] not in branches or len(path) == 2]
@@ -71,7 +71,9 @@ def table(model: Autoencoder) -> str:
             lines.append(f"  {row.name:<14}{row.layer[:25]:<26}{output:>12}{parameters:>20}")
         total = sum(sum(row.parameters) for row in mine)
         lines.append(f"{'':<42}{'total':>12}{total:>20,}")
-    params, batch_stats = jax.eval_shape(partial(init, model), jax.random.key(0))
+    params, batch_stats = jax.eval_shape(
+        partial(init, model), jax.random.key(0, impl="threefry2x32")
+    )
     trainable, moving = count(params), count(batch_stats)
     lines.append(
         f"{trainable + moving:,} parameters: {trainable:,} trainable, {moving:,} moving statistics"

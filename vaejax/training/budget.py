@@ -98,7 +98,9 @@ def _seconds_an_image(recipe: Recipe, images: Images, *, devices: Devices) -> tu
     """Measure what it takes to validate an image, once, and to encode one."""
     trainer = recipe.trainer(updates=1)
     frozen = recipe.frozen() if recipe.frozen else None
-    key = jax.jit(lambda: jax.random.key(0), out_shardings=dev.replicated(devices))()
+    key = jax.jit(
+        lambda: jax.random.key(0, impl="threefry2x32"), out_shardings=dev.replicated(devices)
+    )()
     state = compile_init(trainer, devices=devices)(key)
     batch = recipe.micro_batch or recipe.batch_size
     eval_step = compile_eval_step(trainer, frozen, devices=devices)

@@ -38,7 +38,6 @@ from vaejax.files import (
 )
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.system import versions
 from vaejax.training import devices
 from vaejax.training.step import TrainState
 
@@ -57,7 +56,7 @@ class Checkpoint(NamedTuple):
     step: int  # updates made so far
     state_digest: str
     spec: Mapping[str, Any]  # of the run, as JSON
-    versions: Mapping[str, str]  # of the libraries that wrote it
+    environment: Mapping[str, str]  # in which it was written
 
 
 class Damaged(Exception):
@@ -101,6 +100,7 @@ def save(
     position: Mapping[str, Any],
     *,
     spec: Mapping[str, Any],
+    environment: Mapping[str, str],
     keep: int,
 ) -> None:
     """Write the state and the position in the data; then delete all but the newest `keep`.
@@ -130,7 +130,7 @@ def save(
                     "step": step,
                     "state": digest(state, position),
                     "spec": dict(spec),
-                    "versions": versions(),
+                    "environment": dict(environment),
                 }
                 write_manifest(partial_path, content)
                 os.rename(partial_path, final)
@@ -266,7 +266,7 @@ def load_weights(run: Path, model: Autoencoder, *, ema: bool) -> Weights:
     Raises CheckpointError where there are none yet, or all are damaged, of another model or written
     by another version of vaejax.
     """
-    like = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+    like = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0, impl="threefry2x32"))
 
     def load(checkpoint: Checkpoint) -> Weights:
         saved, present = checkpoint.spec.get("model"), autoencoder.to_json(model)
@@ -366,10 +366,14 @@ def _read(run: Path, step: int) -> Checkpoint:
         raise Damaged(f"{MANIFEST} is of a {str(format_)[:40]}")
     if content.get("step") != step:
         raise Damaged(f"{MANIFEST} is of update {str(content.get('step'))[:40]}")
-    kinds = {"state": str, "spec": dict, "versions": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+    content.setdefault("environment", content.get("versions"))  # all that was once recorded of it
+    kinds = {"state": str, "spec": dict, "environment": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if not wrong and not all(isinstance(fact, str) for fact in content["environment"].values()):
+        wrong = ["environment"]
+    if wrong:
         raise Damaged(f"{MANIFEST} has no valid {' and no valid '.join(wrong)}")
-    return Checkpoint(folder, step, content["state"], content["spec"], content["versions"])
+    return Checkpoint(folder, step, content["state"], content["spec"], content["environment"])
 
 
 def _move_aside(run: Path, step: int) -> Path:

@@ -17,6 +17,7 @@ from vaejax.priors import PriorName
 from vaejax.training.optimizer import adam, schedule
 from vaejax.training.step import Trainer
 
+MAX_COUNT = 2**31 - 1  # of anything, and of a run's updates: the step is an int32
 RUN_FORMAT = "vaejax run 2"  # of config.json; another number when old runs can no longer be read
 
 
@@ -45,6 +46,8 @@ class RunFlags:
     checkpoint_minutes: float = 3.0  # minutes between two checkpoints
     checkpoint_steps: int | None = None  # updates after which one is written anyway (none: never)
     keep: int = 3  # checkpoints that are kept
+    threads: int | None = None  # that a CPU computes with (none: 8, or as many as it has cores)
+    strict: bool = False  # refuse to go on with other libraries, threads, kernels or source
     max_ram: float | None = None  # GiB; a run that holds more saves itself and ends (none: any)
     accept_changed_data: bool = False  # go on although the images are no longer those of the start
     fresh: bool = False  # start anew; an old folder is kept under another name
@@ -146,7 +149,7 @@ class Recipe:
 
 
 Range = tuple[Callable[[Any], bool], str]
-COUNT: Range = (lambda value: value >= 1, "at least 1")
+COUNT: Range = (lambda value: 1 <= value <= MAX_COUNT, f"from 1 to {MAX_COUNT:,}")
 WEIGHT: Range = (lambda value: 0 <= value < float("inf"), "at least 0")
 POSITIVE: Range = (lambda value: 0 < value < float("inf"), "more than 0")
 RANGES: dict[str, Range] = {
@@ -159,6 +162,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram", "clip_norm"), POSITIVE),
     "person_depth": (lambda value: value >= 0, "at least 0"),
     "minutes": POSITIVE,
+    "threads": (lambda value: 1 <= value <= 1024, "from 1 to 1024"),
     "ema_decay": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
 }
@@ -339,7 +343,9 @@ def _problem(name: str, value: Any) -> str | None:
         good = isinstance(value, dict)
         if good and name in ("model", "loss", "optimizer"):
             good = isinstance(value.get("kind"), str)
-        return None if good else f'"{name}" is not an object, or has no kind'
+        if not good:
+            return f'"{name}" is not an object, or has no kind'
+        return _problem_of_setting(name, value) if name in ("loss", "optimizer") else None
     if name == "prior":
         return None if value in get_args(PriorName) else f'"prior" is {str(value)[:40]}'
     if name == "labels" and value is None:
@@ -361,6 +367,17 @@ def _problem(name: str, value: Any) -> str | None:
         return None if good else f'"{name}" is {str(value)[:40]}'
     good = value is None or (isinstance(value, int | float) and 0 <= value < 2**53)
     return None if good else f'"{name}" is {str(value)[:40]}'
+
+
+def _problem_of_setting(name: str, settings: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a number among the settings of a loss or an optimizer."""
+    for setting, value in settings.items():
+        if setting not in RANGES or value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not RANGES[setting][0](value):
+            return f'"{name}.{setting}" is {str(value)[:40]}'
+    return None
 
 
 def run_spec(

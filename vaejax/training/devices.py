@@ -39,29 +39,49 @@ MALLOC_OPTIONS = {
     -4: 0,  # M_MMAP_MAX: large pieces in it as well
     -1: -1,  # M_TRIM_THRESHOLD: its end is not returned
 }
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # in XLA_FLAGS
+# Threads that a CPU of no more cores computes with. Sums over many numbers are divided by their
+# number, which decides the rounding: with any number of cores up to this the bits are equal.
+MIN_THREADS = 8
+# What jaxlib takes the number of threads from when it computes first; the first one wins.
+THREADS = ("PJRT_NPROC", "NPROC")
 T = TypeVar("T")
 
 
-def configure(*, keep: bool = True) -> None:
+def configure(*, keep: bool = True, threads: int | None = None) -> None:
     """Set JAX up for equal bits at every run; call it before the first computation.
 
-    On a GPU some of XLA's fast reductions add in the order in which threads arrive: they are
-    switched off. With `keep`, compiled programs stay in the user's cache folder, so that a run that
-    is resumed starts at once.
+    A CPU computes with so many threads, by default with 8, or as many as it has cores if those are
+    more: the bits do not depend on the cores. Random numbers are those of threefry2x32, whatever
+    the environment says, and numbers have 32 bits. On a GPU some of XLA's fast reductions add in
+    the order in which threads arrive: they are switched off. With `keep`, compiled programs stay in
+    the user's cache folder, so that a run that is resumed starts at once.
     """
+    if threads is not None or not any(name in os.environ for name in THREADS):
+        count = threads or max(MIN_THREADS, len(os.sched_getaffinity(0)))
+        os.environ |= dict.fromkeys(THREADS, str(count))
+    jax.config.update("jax_default_prng_impl", "threefry2x32")
+    jax.config.update("jax_threefry_partitionable", True)
+    jax.config.update("jax_random_seed_offset", 0)
+    jax.config.update("jax_enable_x64", False)
     with suppress(AttributeError, OSError, TypeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in MALLOC_OPTIONS.items():
             mallopt(parameter, value)
     # otherwise several steps that wait for each other would each have their memory
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    deterministic = "--xla_gpu_deterministic_ops=true"
-    if deterministic not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {deterministic}".strip()
+    if DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if keep and chosen is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / processor_id()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def threads() -> str:
+    """Return the number of threads that a CPU computes with."""
+    names = (os.environ[name] for name in THREADS if name in os.environ)
+    return next(names, str(len(os.sched_getaffinity(0))))
 
 
 def release_memory() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,10 @@ from jaxtyping import PyTree
 from vaejax import terminal
 from vaejax.data import batches as data
 from vaejax.errors import CheckpointError, DivergedError, StorageError, UserError, VaejaxError
-from vaejax.files import printable
 from vaejax.metrics import read_lines
 from vaejax.priors import Prior
-from vaejax.system import format_duration, versions
-from vaejax.training import checkpoint, flow_prior, guards, plan, run, visualize
+from vaejax.system import format_duration
+from vaejax.training import checkpoint, environment, flow_prior, guards, plan, run, visualize
 from vaejax.training import devices as dev
 from vaejax.training import prior as run_prior
 from vaejax.training.compiled import (
@@ -46,6 +46,7 @@ class Options(NamedTuple):
     devices: Devices
     signals: SignalGuard
     max_ram: float | None  # GiB
+    strict: bool  # go on in the same environment only
 
 
 class Arrays(NamedTuple):
@@ -59,6 +60,7 @@ class Arrays(NamedTuple):
     train_key: jax.Array
     validation_key: jax.Array
     state: TrainState
+    environment: Mapping[str, str]  # in which the state was saved, {} for a new run
 
 
 def finish(options: Options) -> None:
@@ -80,8 +82,9 @@ def finish(options: Options) -> None:
             f"{folder} has made {start:,} updates already, more than the {updates:,} requested: "
             "take more --steps or --epochs, or another --out"
         )
-    compiled = None
+    compiled, present = None, environment.present(devices, recipe)
     if start < updates:
+        environment.compare(arrays.environment, present, strict=options.strict)
         print(f"{folder}: {start:,} of {updates:,} updates are done; compiling …", flush=True)
         compiled = _compile(options, arrays)
     disk = DiskGuard(folder)
@@ -94,15 +97,18 @@ def finish(options: Options) -> None:
                     spec,
                     arrays.images,
                     arrays.held_out,
-                    devices=str(devices),
+                    environment=present,
                     disk=disk,
                     done=start,
                 )
             stack.enter_context(logger)
         state = arrays.state
         if compiled:
-            state = _train(options, arrays, compiled, logger, disk)
-        prior = _fit_prior(options, state, logger)
+            checkpoints = Checkpoints(folder, spec, disk, environment=present)
+            state = _train(options, arrays, compiled, logger, checkpoints)
+        # what was trained just now is compared already
+        before = {} if compiled else arrays.environment
+        prior = _fit_prior(options, state, logger, before=before)
         if logger:
             logger.finished(state, prior)
         disk.refuse_failing(checkpoint.newest_path(folder))
@@ -121,7 +127,7 @@ def _train(
     arrays: Arrays,
     compiled: TrainStep,
     logger: Logger | None,
-    disk: DiskGuard,
+    checkpoints: Checkpoints,
 ) -> TrainState:
     """Make every update of the autoencoder that is left, or say why not, for people."""
     folder, spec, recipe, devices = options[:4]
@@ -133,7 +139,7 @@ def _train(
             spec=spec,
             steps=_steps(options, arrays, compiled),
             logger=logger,
-            checkpoints=Checkpoints(folder, spec, disk),
+            checkpoints=checkpoints,
             guards=_guards(options, arrays.images, size),
         )
     except DivergedError:
@@ -164,11 +170,18 @@ def _loaded(options: Options, state: TrainState) -> run.LoadedRun:
     return run.LoadedRun(options.folder, options.spec, options.recipe.model, weights)
 
 
-def _fit_prior(options: Options, state: TrainState, logger: Logger | None) -> Prior | None:
-    """Fit the prior that the recipe asks for; None is N(0, I)."""
+def _fit_prior(
+    options: Options, state: TrainState, logger: Logger | None, *, before: Mapping[str, str]
+) -> Prior | None:
+    """Fit the prior that the recipe asks for; None is N(0, I).
+
+    `before` is the environment of the autoencoder's last checkpoint, if it is yet to be compared.
+    """
     if options.recipe.prior == "normal":
         return None
-    resources = flow_prior.Resources(options.devices, options.signals, options.max_ram)
+    resources = flow_prior.Resources(
+        options.devices, options.signals, options.max_ram, before=before, strict=options.strict
+    )
     if logger:
         resources = resources._replace(say=logger.say)
     try:
@@ -185,7 +198,8 @@ def _load_arrays(options: Options) -> Arrays:
     folder, spec, recipe, devices = options[:4]
     replicated = dev.replicated(devices)
     init_key, train_key, validation_key = jax.jit(
-        lambda: tuple(jax.random.split(jax.random.key(spec.seed), 3)), out_shardings=replicated
+        lambda: tuple(jax.random.split(jax.random.key(spec.seed, impl="threefry2x32"), 3)),
+        out_shardings=replicated,
     )()
     prepared = Path(spec.schedule.prepared)
     images, held_out = data.Images(prepared, "train"), data.Images(prepared, "validation")
@@ -202,17 +216,19 @@ def _load_arrays(options: Options) -> Arrays:
         batches = data.stream_indices(len(images), **order)
     trainer = recipe.trainer(updates=spec.schedule.updates)
     saved = dev.broadcast(lambda: _newest_checkpoint(folder, spec))
+    before: Mapping[str, str] = {}
     if saved is None:
         state = compile_init(trainer, devices=devices)(init_key)
     else:
         newest = checkpoint.Checkpoint(Path(saved[0]), *saved[1:])
-        _warn_of_versions(newest)
+        before = newest.environment
         like = jax.eval_shape(partial(init, trainer=trainer), init_key)
         state, position = checkpoint.restore(newest, like, sharding=replicated)
         batches.set_state(dict(position))
     # placed here, so that the programs share one copy
     frozen = jax.device_put(recipe.frozen(), replicated) if recipe.frozen else None
-    return Arrays(images, held_out, batches, resident, frozen, train_key, validation_key, state)
+    keys = train_key, validation_key
+    return Arrays(images, held_out, batches, resident, frozen, *keys, state, before)
 
 
 def _newest_checkpoint(folder: Path, spec: RunSpec) -> list | None:
@@ -236,17 +252,6 @@ def _newest_checkpoint(folder: Path, spec: RunSpec) -> list | None:
             "Take it away, or start anew with --fresh, which keeps the folder"
         )
     return [str(newest.path), *newest[1:]]
-
-
-def _warn_of_versions(newest: checkpoint.Checkpoint) -> None:
-    saved, present = newest.versions, versions()
-    other = [f"{n} {saved.get(n)} → {present[n]}" for n in present if saved.get(n) != present[n]]
-    if other:
-        text = (
-            f"warning: saved with other versions ({', '.join(other)}): the end may differ in its "
-            "last bits from that of a run that nothing interrupted"
-        )
-        print(printable(text), file=sys.stderr)
 
 
 def _compile(options: Options, arrays: Arrays) -> TrainStep:

@@ -48,6 +48,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     )
     devices = dev.choose(config.devices, config.parallel)
     refuse_uneven(recipe, devices)
+    plan.refuse_too_large(recipe, devices=devices)
     if recipe.prior == "mixture":
         require_mixture_fits(recipe.model)
     source = config.data or drawn_faces()
@@ -88,7 +89,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
         length = plan.make_plan(recipe, images=images)
         terminal.say(plan.describe_plan(recipe, length, images=images))
         signals = stack.enter_context(SignalGuard().listening())
-        options = Options(folder, spec, recipe, devices, signals, config.max_ram)
+        options = Options(folder, spec, recipe, devices, signals, config.max_ram, config.strict)
         finish(options)
     return folder
 

@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from vaejax.data.labels import NO_LABELS, Labels, parse_condition, read_labels
 from vaejax.errors import CheckpointError, UserError
 from vaejax.files import printable
 from vaejax.priors import FlowPrior
-from vaejax.training import checkpoint, run
+from vaejax.training import checkpoint, environment, run
 from vaejax.training import devices as dev
 from vaejax.training.compiled import (
     compile_eval_step,
@@ -57,6 +57,8 @@ class Resources(NamedTuple):
     signals: SignalGuard
     max_ram: float | None = None  # GiB
     say: Callable[[str], None] = print
+    before: Mapping[str, str] = {}  # the environment to compare with, of the run's last checkpoint
+    strict: bool = False  # go on in the same environment only
 
 
 def flow_folder(folder: Path) -> Path:
@@ -90,7 +92,7 @@ def load(loaded: run.LoadedRun, *, steps: int, condition: str = "") -> FlowPrior
                 f"the flow of {loaded.folder} is not trained to its end ({saved.step:,} of "
                 f"{spec.schedule.updates:,} updates): the run's own command goes on with it"
             )
-        like = jax.eval_shape(partial(flow.init, network), jax.random.key(0))
+        like = jax.eval_shape(partial(flow.init, network), jax.random.key(0, impl="threefry2x32"))
         weights = checkpoint.restore_weights(saved, like, ema=True)
         return FlowPrior(
             network,
@@ -134,7 +136,9 @@ def fit(loaded: run.LoadedRun, resources: Resources) -> None:
     spec = _flow_spec(loaded, network, labels, images=len(codes.z), devices=devices)
     trainer = _trainer(network, updates=spec.schedule.updates)
     replicated = dev.replicated(devices)
-    root = jax.random.fold_in(jax.random.key(spec.seed), 1)  # the run's own keys are split from it
+    root = jax.random.fold_in(
+        jax.random.key(spec.seed, impl="threefry2x32"), 1
+    )  # the run's own keys are split from it
     init_key, train_key, validation_key = jax.device_put(jax.random.split(root, 3), replicated)
     batches = data.stream_indices(
         len(codes.z),
@@ -144,6 +148,7 @@ def fit(loaded: run.LoadedRun, resources: Resources) -> None:
         shards=jax.process_count(),
     )
     saved = dev.broadcast(lambda: _resumable(folder, spec))
+    before, present = resources.before, environment.present(devices)
     if saved is None:
         state = compile_init(trainer, devices=devices)(init_key)
         stats = jax.device_put(flow.standardization(codes.z), replicated)
@@ -151,8 +156,10 @@ def fit(loaded: run.LoadedRun, resources: Resources) -> None:
     else:
         like = jax.eval_shape(partial(init, trainer=trainer), init_key)
         newest = checkpoint.Checkpoint(Path(saved[0]), *saved[1:])
+        before = newest.environment
         state, position = checkpoint.restore(newest, like, sharding=replicated)
         batches.set_state(dict(position))
+    environment.compare(before, present, strict=resources.strict)
     done = int(state.step)
     batch = jax.ShapeDtypeStruct((spec.batch_size,), np.int32)
     compiled = compile_train_step(trainer, state, codes, batch, train_key, devices=devices)
@@ -169,7 +176,7 @@ def fit(loaded: run.LoadedRun, resources: Resources) -> None:
             spec=spec,
             steps=steps,
             logger=logger,
-            checkpoints=Checkpoints(folder, spec, disk),
+            checkpoints=Checkpoints(folder, spec, disk, environment=present),
             guards=_guards(folder, spec, state_bytes(state), resources),
         )
     finally:
@@ -190,18 +197,23 @@ def _trainer(network: flow.FlowMLP, *, updates: int) -> Trainer:
     )
 
 
-def measure(recipe: Recipe, *, images: int, devices: Devices, repeats: int) -> float:
-    """Return the median seconds of an update of a recipe's flow, on noise in place of latents."""
+def trainer(recipe: Recipe) -> Trainer:
+    """Return what an update of a recipe's flow does, without attributes and in a run of 1,000."""
     latents = priors.latent_dimensions(recipe.model)
     network = flow.FlowMLP(latents, recipe.prior_width, recipe.prior_depth)
-    trainer = _trainer(network, updates=1000)
+    return _trainer(network, updates=1000)
+
+
+def measure(recipe: Recipe, *, images: int, devices: Devices, repeats: int) -> float:
+    """Return the median seconds of an update of a recipe's flow, on noise in place of latents."""
+    latents, of_flow = priors.latent_dimensions(recipe.model), trainer(recipe)
     replicated = dev.replicated(devices)
-    key = jax.device_put(jax.random.key(0), replicated)
-    state = compile_init(trainer, devices=devices)(key)
+    key = jax.device_put(jax.random.key(0, impl="threefry2x32"), replicated)
+    state = compile_init(of_flow, devices=devices)(key)
     batch_size = _batch_size(images, devices)
     z = np.random.default_rng(0).standard_normal((batch_size, latents), np.float32)
     batch = jax.ShapeDtypeStruct((batch_size,), np.int32)
-    step = compile_train_step(trainer, state, _unlabeled(z), batch, key, devices=devices)
+    step = compile_train_step(of_flow, state, _unlabeled(z), batch, key, devices=devices)
     indices = np.arange(batch_size, dtype=np.int32)[dev.rows(devices, batch_size)]
     seconds = []
     for _ in range(1 + repeats):

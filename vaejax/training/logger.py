@@ -48,14 +48,15 @@ class Logger:
         images: Images,
         held_out: Images,
         *,
-        devices: str,
+        environment: Mapping[str, str],
         disk: DiskGuard,
         done: int,
     ):
         self._folder, self._spec, self._disk = folder, spec, disk
         self._images, self._held_out = images, held_out
         # kept here too: a file that is damaged meanwhile is written anew, and is no reason to end
-        self._status = run.initial_status(spec, devices=devices, before=run.last_status(folder))
+        before = run.last_status(folder)
+        self._status = run.initial_status(spec, environment=environment, before=before)
         self._write_status()
         self._model = autoencoder.from_json(spec.model)
         learned = spec.schedule.prior != "normal"

@@ -139,8 +139,11 @@ def _warn_of_recompilation(known: int | None) -> int:
 class Checkpoints:
     """Writes checkpoints when they are due, or reports why it cannot."""
 
-    def __init__(self, folder: Path, spec: RunSpec, disk: DiskGuard):
+    def __init__(
+        self, folder: Path, spec: RunSpec, disk: DiskGuard, *, environment: Mapping[str, str]
+    ):
         self._folder, self._spec, self._disk = folder, spec, disk
+        self._environment = environment
         self._saved = time.monotonic()
 
     def late(self) -> bool:
@@ -173,6 +176,7 @@ class Checkpoints:
                     state,
                     position,
                     spec=self._spec.to_json(),
+                    environment=self._environment,
                     keep=self._spec.schedule.keep,
                 )
             except OSError as error:

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from vaejax.data import batches
+from vaejax.errors import UserError
 from vaejax.models import autoencoder, summary
 from vaejax.system import format_bytes, format_duration, memory_limit, process_memory
+from vaejax.training import flow_prior
 from vaejax.training.compiled import compile_init, compile_train_step, state_bytes
-from vaejax.training.config import Recipe, describe
-from vaejax.training.devices import Devices, on_cpu, replicated, rows
+from vaejax.training.config import MAX_COUNT, Recipe, describe
+from vaejax.training.devices import Devices, device_memory_limit, on_cpu, replicated, rows
 from vaejax.training.guards import refuse_too_much
 from vaejax.training.step import init, train_step
 
@@ -37,10 +39,42 @@ class Plan(NamedTuple):
 
 
 def make_plan(recipe: Recipe, *, images: int) -> Plan:
-    """Count the updates of a run. Raises UserError where a batch is larger than the data set."""
+    """Count the updates of a run.
+
+    Raises UserError where a batch is larger than the data set, or an int32 cannot count them.
+    """
     per_epoch = batches.steps_per_epoch(images, recipe.batch_size)
     bounds = recipe.steps, recipe.epochs and recipe.epochs * per_epoch
-    return Plan(per_epoch, min(bound for bound in bounds if bound))
+    updates = min(bound for bound in bounds if bound)
+    if updates > MAX_COUNT:
+        raise UserError(
+            f"{updates:,} updates are more than a run can count (at most {MAX_COUNT:,}): take "
+            "fewer --epochs, or --steps as well"
+        )
+    return Plan(per_epoch, updates)
+
+
+def refuse_too_large(recipe: Recipe, *, devices: Devices) -> None:
+    """Raise UserError, before anything is allocated, if the parameters alone do not fit.
+
+    Those of the flow count as well, if the recipe has one.
+    """
+    key = jax.random.key(0, impl="threefry2x32")
+    trainers = {"model": (recipe.trainer(updates=1), "--latent-dim, --width or --size")}
+    if recipe.prior == "flow":
+        trainers["flow"] = flow_prior.trainer(recipe), "--prior-width or --prior-depth"
+    copies, total = 1, device_memory_limit()
+    if on_cpu():
+        copies, total = devices.count, memory_limit()
+    for name, (trainer, flags) in trainers.items():
+        shapes = jax.eval_shape(partial(init, trainer=trainer), key)
+        needed = copies * state_bytes(shapes)
+        if total is not None and needed > total:
+            raise UserError(
+                f"the {name} has {summary.count(shapes.params):,} parameters: with the optimizer's "
+                f"state they need {format_bytes(needed)} of {format_bytes(total)} of memory. Take "
+                f"a smaller {flags}"
+            )
 
 
 def describe_plan(recipe: Recipe, plan: Plan, *, images: int) -> str:
@@ -94,7 +128,9 @@ def measure(recipe: Recipe, *, devices: Devices, updates: int = 1, repeats: int 
     """Make a few real updates, on noise, of a run of so many; `seconds` are the median."""
     model, trainer = recipe.model, recipe.trainer(updates=updates)
     frozen = recipe.frozen() if recipe.frozen else None
-    key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(devices))()
+    key = jax.jit(
+        lambda: jax.random.key(0, impl="threefry2x32"), out_shardings=replicated(devices)
+    )()
     state = compile_init(trainer, devices=devices)(key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -137,7 +173,7 @@ def warn_of_disk(folder: Path, needed: int) -> None:
 def operations(recipe: Recipe) -> float:
     """Estimate the multiplications and additions of an update, as XLA counts them."""
     model, trainer = recipe.model, recipe.trainer(updates=1)
-    key = jax.random.key(0)
+    key = jax.random.key(0, impl="threefry2x32")
     state = jax.eval_shape(partial(init, trainer=trainer), key)
     shape = (recipe.batch_size, model.size, model.size, model.channels)
     step = jax.jit(partial(train_step, trainer=trainer))

@@ -26,7 +26,7 @@ from vaejax.files import (
 )
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.system import source_commit, versions
+from vaejax.system import source_commit
 from vaejax.training import checkpoint
 from vaejax.training.config import OtherVersion, RunSpec, differences
 
@@ -246,7 +246,7 @@ STATUS_FIELDS = ("status", "started", "changed", "command", "devices")
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Read `run.json`: status, command, devices, versions. UserError if missing or damaged."""
+    """Read `run.json`: status, command, devices, environment. UserError if missing or damaged."""
     path = folder / "run.json"
     try:
         value = read_json(path)
@@ -268,7 +268,9 @@ def last_status(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def initial_status(
+    spec: RunSpec, *, environment: Mapping[str, str], before: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the `run.json` of a run that starts or resumes.
 
     It holds what a reader needs in order to trust the metrics. The start, and the step of the last
@@ -283,9 +285,9 @@ def initial_status(spec: RunSpec, *, devices: str, before: Mapping[str, Any]) ->
         "command": shlex.join(["python", *(word for word in sys.argv if word != "--fresh")]),
         "seed": spec.seed,
         "data": dict(spec.data),
-        "devices": devices,
+        "devices": environment["devices"],
         "host": socket.gethostname(),
-        "versions": versions(),
+        "environment": dict(environment),
         "commit": source_commit(),
     }
     return value | ({"saved": before["saved"]} if "saved" in before else {})

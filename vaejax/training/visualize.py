@@ -50,7 +50,9 @@ class Visualizer:
             self._prior = StandardNormal(model)
             self._z = self._prior.sample(range(SAMPLES))
         faces = held_out.read(np.arange(min(RECONSTRUCTIONS, len(held_out))))
-        inputs = np.asarray(generate.corrupt(faces, jax.random.key(0), model=model))
+        inputs = np.asarray(
+            generate.corrupt(faces, jax.random.key(0, impl="threefry2x32"), model=model)
+        )
         self._faces, self._inputs = faces, inputs
 
     def draw_beginning(self, state: TrainState) -> None:
