@@ -10,10 +10,12 @@ SIGKILL, as often in all as the first argument says, each time after they have m
 second kill is at a random moment, every other one as soon as a checkpoint begins to be written, or
 some milliseconds later. Half of the kills are in the autoencoder's training, the others in the
 flow's: those let the autoencoder be. With --random-cores every start may use other cores, and
-another number of them, than the one before. Whenever a run finishes, everything is compared, of
-both: the SHA-256 over parameters, batch_stats, optimizer, step and position in the data; every line
-of metrics.jsonl except for the speed; every picture, and the film, byte by byte. Exits with 1 if
-anything differs, or a start takes twenty times as long as the whole of the unkilled run.
+another number of them, than the one before.
+
+Whenever a run finishes, everything is compared, of both: the SHA-256 over parameters, batch_stats,
+optimizer, step and position in the data; every line of metrics.jsonl except for the speed; every
+picture, and the film, byte by byte. Exits with 1 if anything differs, or if a start takes twenty
+times as long as the whole of the unkilled run.
 """
 
 import argparse

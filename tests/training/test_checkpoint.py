@@ -216,7 +216,9 @@ def test_the_old_ones_go_when_the_new_one_is_complete_and_not_before(
     state = jax.jit(partial(init, trainer=RECIPE.trainer(updates=18)))(jax.random.key(0))
     images = data_batches.Images(Path(spec.schedule.prepared), "train")
     position = data_batches.stream(images, batch_size=8, seed=0).get_state()
-    save = partial(checkpoint.save, folder, position=position, spec=spec.to_json(), keep=2)
+    save = partial(
+        checkpoint.save, folder, position=position, spec=spec.to_json(), environment={}, keep=2
+    )
     there: list[list[int]] = []
     written = checkpoint.write_manifest
 

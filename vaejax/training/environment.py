@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 
-import vaejax
 from vaejax import kernels
 from vaejax.errors import UserError
 from vaejax.files import printable
@@ -22,7 +21,7 @@ from vaejax.system import processor, versions
 from vaejax.training.config import Recipe
 from vaejax.training.devices import DETERMINISTIC, Devices, broadcast, on_cpu, threads
 
-PACKAGE = Path(vaejax.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SOURCES = (".py", ".cc", ".h")
 # of JAX, what changes the numbers of a program; `devices.configure` sets some of them
 SETTINGS = (
