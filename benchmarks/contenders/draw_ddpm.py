@@ -49,7 +49,7 @@ def trained(images: torch.Tensor, updates: int) -> tuple[UNet2DModel, list[float
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6
     )
-    rates = get_scheduler("cosine", optimizer, WARMUP, updates)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP, num_training_steps=updates)
     average = EMAModel(model.parameters(), use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     times = [time.monotonic()]
     while len(times) <= updates:
