@@ -99,7 +99,8 @@ def prepare_images(options: argparse.Namespace) -> Path:
     prepared = prepare(options.data or drawn_faces(), size=SIZE)
     identity = assignment.identity(read_dataset_report(prepared))
     identity_file = options.out / "data.json"
-    if identity_file.exists() and read_json(identity_file) != identity:
+    kept = read_json(identity_file) if identity_file.exists() else {}
+    if any(identity[field] != value for field, value in kept.items()):
         sys.exit(f"{options.out} has results of other images: name another --out")
     write_json(identity_file, identity)
     for split in ("train", "validation", "test"):
