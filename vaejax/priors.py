@@ -20,7 +20,6 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Key, PyTree
-from scipy.cluster.vq import kmeans2
 from scipy.linalg import cholesky
 from scipy.linalg import solve_triangular as solve_triangular_numpy
 from scipy.special import logsumexp as logsumexp_numpy
@@ -305,6 +304,8 @@ def fit_mixture(means: Float[np.ndarray, "n d"], *, components: int, seed: int =
     towards the pooled one, as by d more images, and that towards its diagonal, likewise (a Wishart
     prior's mode). Raises UserError for less than two images or more than 2,048 dimensions.
     """
+    from scipy.cluster.vq import kmeans2  # which few commands need, and all would wait for
+
     n, d = means.shape
     _require_few(d)
     if n < 2 or not np.isfinite(means).all():

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vaejax import generate, pictures, plots
+from vaejax import generate, pictures
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
 from vaejax.files import printable, write_text
@@ -135,6 +135,8 @@ class Visualizer:
 
     def draw_curves(self) -> None:
         """Plot the metrics over the steps."""
+        from vaejax import plots  # matplotlib takes as long to import as an update, or longer
+
         plots.curves(self._folder / "metrics.jsonl", self._folder / "curves.png")
 
     def draw_faces(self, state: TrainState, prior: Prior | None) -> None:
