@@ -9,7 +9,6 @@ import pytest
 from test_fit import leave, train
 
 from vaejax.errors import UserError
-from vaejax.evaluation import tables
 from vaejax.files import partial_name
 from vaejax.metrics import MAX_FILE_BYTES, MAX_LINE_BYTES, read_lines
 from vaejax.training import checkpoint, run
@@ -89,8 +88,8 @@ def test_a_run_that_leads_elsewhere_is_not_resumed(name: str, folder: Path, data
 
 def test_an_evaluation_is_not_written_elsewhere(folder: Path):
     (folder / "evaluation").symlink_to(folder.parent / "mine")
-    with pytest.raises(UserError, match="evaluation in it is a link"):
-        tables.write(folder, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="evaluation in it is a link"), run.evaluating(folder):
+        pass
     assert contents(folder.parent / "mine") == {"file": "mine"}
 
 
