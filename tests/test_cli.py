@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli, commands, losses, pictures
+from vaejax import cli, commands, export, losses, pictures
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
 from vaejax.models.denoising import Denoising
 from vaejax.models.feed_forward import FeedForward
 from vaejax.models.vae import VAE
+from vaejax.training import checkpoint, prior, publish, run
 from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
 
@@ -53,6 +55,9 @@ def vaejax(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["denoise", "latest", "a.png"], "there is no run"),
         (["denoise", "latest", "a.png", "--out", "a.jpg"], "must end in .png"),
         (["denoise", "latest", "a.png", "--seed", "-1"], "--seed -1: must be from 0"),
+        (["export", "latest", "--out", "new"], "there is no run"),
+        (["export", "latest", "--out", "."], "there is no run"),
+        (["export", "latest"], "--out"),
         (["prepare", "nowhere"], "nowhere"),
         (["prepare", ".", "--size", "x"], "--size"),
         (["prepare", "."], "no images"),
@@ -199,6 +204,56 @@ def test_a_run_without_a_prior_says_what_it_can_do_instead(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_is_a_new_folder_with_everything(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    out = tmp_path / "deep" / "export"
+    assert vaejax("export", str(trained), "--out", str(out), monkeypatch=monkeypatch) == 0
+    names = {"decoder.onnx", "encoder.onnx", "model.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == names
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    said = capsys.readouterr().out
+    assert all(f"{out}/{name}" in said for name in names)
+    assert "the latents of new faces are standard normal" in said
+    loaded, exported = run.load(trained), export.load(out)
+    assert checkpoint.weights_digest(*exported[1:3]) == loaded.weights.digest
+    assert exported.model == loaded.model
+    assert exported.prior is not None
+    assert np.array_equal(exported.prior.sample([5]), prior.load(loaded, "normal").sample([5]))
+
+
+def test_an_export_leaves_what_is_there_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    (tmp_path / "mine").write_text("my notes")
+    for out, words in ((tmp_path, "is not empty"), (tmp_path / "mine" / "new", "mine is a file")):
+        assert vaejax("export", str(trained), "--out", str(out), monkeypatch=monkeypatch) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(UserError, match="is not empty"):  # it was filled while the export was made
+        publish.write(tmp_path, {"README.md": b""})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_without_a_prior_is_exported_without_one(
+    plain: Path, denoising: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    for folder in (plain, denoising):
+        out = tmp_path / folder.parent.name
+        assert vaejax("export", str(folder), "--out", str(out), monkeypatch=monkeypatch) == 0
+        said = capsys.readouterr()
+        assert f"{folder} has no prior, and draws no new faces" in said.out
+        assert said.err == ""
+        assert export.load(out).prior is None
+        assert not (out / "prior.onnx").exists()
+    # a prior that was to be fitted when the run was stopped
+    loaded = run.load(plain)
+    spec = replace(loaded.spec, schedule=replace(loaded.spec.schedule, prior="flow"))
+    assert publish.exported(loaded._replace(spec=spec)).prior is None
+    assert "has no flow as its prior yet" in capsys.readouterr().err
+
+
 def test_only_a_denoising_run_takes_noise_away(
     plain: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -336,6 +391,9 @@ def test_pictures_and_pages_are_not_written_among_data(
             assert words in capsys.readouterr().err
         assert before == (place.read_bytes() if place.exists() else None)
     assert vaejax("sample", str(own), f"--out={own}/new.png", monkeypatch=monkeypatch) == 0
+    for place in (data / "export", own / "samples" / "export"):
+        with pytest.raises(UserError, match=r"prepared data set|what the run"):
+            publish.refuse_used(place)
     with pytest.raises(UserError, match="which is a prepared data set"):
         train(faces, data / "run", VAE(size=16), partial(losses.mse_kl, kl_weight=0.01))
 

@@ -190,10 +190,13 @@ def test_a_file_that_becomes_a_pipe_at_the_last_moment_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(__file__)
     regular = os.stat(__file__)
     monkeypatch.setattr(os, "stat", lambda *_, **__: regular)
     with pytest.raises(OSError, match="it is not a regular file"):
         open_regular(tmp_path / "pipe")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_regular(tmp_path / "link")
 
 
 def test_no_more_is_read_than_was_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

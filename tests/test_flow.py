@@ -214,15 +214,18 @@ def test_the_best_velocity_leads_to_the_normal_distribution_with_its_density(d: 
         factor = standard["std"][:, None] * spread
         truth = stats.multivariate_normal(m * standard["std"] + standard["mean"], factor @ factor.T)
         known = {"flow": Normals(d)}
-        drawn, densities = [], []
+        drawn, noises, densities = [], [], []
         for steps in STEPS:
             moved = flow.sample(
                 params, standard, jnp.asarray(noise), labels(5), steps=steps, **known
             )
-            logs = flow.log_prob(params, standard, jnp.asarray(z), labels(5), steps=steps, **known)
+            known_z = jnp.asarray(z)
+            back = flow.to_noise(params, standard, known_z, labels(5), steps=steps, **known)
+            logs = flow.log_prob(params, standard, known_z, labels(5), steps=steps, **known)
+            noises.append(np.abs(back - noise).max())
             drawn.append(np.abs(moved - z).max())
             densities.append(np.abs(logs - truth.logpdf(z)).max())
-    for errors in (drawn, densities):
+    for errors in (drawn, noises, densities):
         assert errors[-1] < 0.01 * d
         ratios = np.divide(errors[:-1], errors[1:])
         assert np.all((ratios > 3) & (ratios < 5.5)), ratios

@@ -21,6 +21,7 @@ from vaejax.priors import (
     FlowPrior,
     GaussianMixture,
     Mixture,
+    NoisePrior,
     Prior,
     StandardNormal,
     choose_mixture,
@@ -323,6 +324,17 @@ def test_a_flow_has_its_model_s_noise_its_steps_and_its_density():
     np.testing.assert_allclose(
         prior.log_prob(jax.tree.map(lambda leaf: leaf[110:], many)), logs[110:], rtol=1e-4
     )
+
+
+@each_prior
+def test_what_makes_z_of_noise_can_tell_the_noise_of_z(prior: Prior):
+    assert isinstance(prior, NoisePrior) == (prior.name != "mixture")
+    if isinstance(prior, NoisePrior):
+        noise = prior.noise([3, 1])
+        z = prior.from_noise(noise)
+        assert equal(z, prior.sample([3, 1]))
+        np.testing.assert_allclose(prior.to_noise(z), noise, atol=0.25)  # of three steps
+        assert np.abs(priors.flatten_latents(z) - noise).max() > 0.5 or prior.name == "normal"
 
 
 @each_prior

@@ -1,9 +1,11 @@
 """Memory is limited by the machine and by every container; sizes and durations are readable."""
 
 import os
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import psutil
 import pytest
 
@@ -75,6 +77,17 @@ def test_allocated_memory_is_no_longer_free(tmp_path: Path, monkeypatch: pytest.
     assert free - memory_free() > 100 << 20
     assert process_memory() - used > 250 << 20
     del allocated
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells mapped pages apart")
+def test_pages_of_a_mapped_file_are_not_held(tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(200 << 20))
+    used, resident = process_memory(), psutil.Process().memory_info().rss
+    mapped = np.memmap(tmp_path / "file", np.uint8, "r")
+    assert mapped.sum() == 0
+    assert psutil.Process().memory_info().rss - resident > 150 << 20
+    assert process_memory() - used < 50 << 20
+    del mapped
 
 
 def test_sizes_and_durations_are_readable():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import tyro
 
-from vaejax import commands
+from vaejax import commands, latent_commands
 from vaejax.errors import Interrupted, StorageError, UserError, VaejaxError
 from vaejax.files import printable
 
@@ -190,6 +190,12 @@ def main() -> None:
         | Annotated[commands.FitPrior, tyro.conf.subcommand("fit-prior")]
         | Annotated[commands.Denoise, tyro.conf.subcommand("denoise")]
         | Annotated[commands.Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[latent_commands.Interpolate, tyro.conf.subcommand("interpolate")]
+        | Annotated[latent_commands.Traverse, tyro.conf.subcommand("traverse")]
+        | Annotated[latent_commands.ComputeDirections, tyro.conf.subcommand("directions")]
+        | Annotated[latent_commands.Edit, tyro.conf.subcommand("edit")]
+        | Annotated[latent_commands.ShowNearest, tyro.conf.subcommand("nearest")]
+        | Annotated[commands.Export, tyro.conf.subcommand("export")]
         | Annotated[commands.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[commands.Compare, tyro.conf.subcommand("compare")]
         | Annotated[commands.Summary, tyro.conf.subcommand("summary")]
@@ -202,6 +208,12 @@ def main() -> None:
         commands.FitPrior: commands.fit_prior,
         commands.Denoise: commands.denoise,
         commands.Reconstruct: commands.reconstruct,
+        latent_commands.Interpolate: latent_commands.interpolate,
+        latent_commands.Traverse: latent_commands.traverse,
+        latent_commands.ComputeDirections: latent_commands.compute_directions,
+        latent_commands.Edit: latent_commands.edit,
+        latent_commands.ShowNearest: latent_commands.show_nearest,
+        commands.Export: commands.export,
         commands.Evaluate: commands.evaluate,
         commands.Compare: commands.compare,
         commands.Summary: commands.summary,

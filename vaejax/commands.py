@@ -28,6 +28,9 @@ class Prepare:
     cascade: Path | None = None  # what finds faces: OpenCV's XML (none: its own, for frontal ones)
     margin: float | None = None  # around a face, in sides of its box (none: 0.3)
     debug_sheet: Path | None = None  # a PNG that shows which faces were found where
+    # which folder of a file's path names the person, 1 the outermost (none: the first that not all
+    # images share; 0: none does)
+    person_depth: int | None = None
     # Apache Beam's runner to do it, such as FlinkRunner (none: the cores of this machine); vaejax
     # is installed where its workers run, and they see source and out under the same paths
     beam: str | None = None
@@ -78,6 +81,15 @@ class Reconstruct:
     run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
     images: tyro.conf.Positional[tuple[Path, ...]]  # files of any common format and any size
     out: Path = Path("reconstructions.png")  # the picture
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained run as ONNX networks, safetensors and a model card."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, its number, or "latest"
+    out: Path  # a new folder
+    half: bool = False  # store weights as float16: half the size, images differ by less than 0.001
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ def prepare(command: Prepare) -> None:
             crop_faces=command.crop_faces, cascade=command.cascade, margin=command.margin
         ),
         debug_sheet=command.debug_sheet,
+        person_depth=command.person_depth,
         workers=workers_from_flags(beam=command.beam, beam_options=command.beam_options),
     )
     print(f"prepared: {folder}")
@@ -291,6 +304,22 @@ def doctor(_: Doctor) -> None:
     devices.configure(keep=False)
     for line in doctor.doctor():
         print(line, flush=True)
+
+
+def export(command: Export) -> None:
+    """Write the folder of a run's export, and list its files."""
+    from vaejax.training import publish
+
+    publish.refuse_used(command.out)
+    files, metadata = publish.contents(load(command.run), half=command.half)
+    publish.write(command.out, files)
+    for name, data in files.items():
+        print(f"{len(data) / 1e6:8.2f} MB  {command.out / name}")
+    match metadata["prior"]:
+        case None:
+            print(f"No prior.onnx: {command.run} has no prior, and draws no new faces.")
+        case {"kind": "normal"}:
+            print("No prior.onnx: the latents of new faces are standard normal.")
 
 
 def evaluate(command: Evaluate) -> None:

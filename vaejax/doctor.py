@@ -73,15 +73,13 @@ def _experiment(name: str) -> Path | None:
 def runs(columns: int | None = None) -> str:
     """Return a table of every run below `runs/`: status, progress, held-out metrics, size; for a
     terminal of so many columns."""
-    table: list[tuple[str, ...]] = [
-        ("run", "state", "epoch", "held out", "changed", "size", "updates")
-    ]
+    table = [["run", "state", "epoch", "held out", "changed", "size", "updates"]]
     for folder in run.numbered():
         try:
             row = _row(folder)
         except (UserError, OSError) as error:
             row = (folder.name, "unreadable", "", str(error), "", "", "")
-        table.append(tuple(printable(cell) for cell in row))  # the run may be a stranger's
+        table.append([printable(cell) for cell in row])  # the run may be a stranger's
     if len(table) == 1:
         return f"there is no run in {run.ROOT.absolute()} yet"
     return "\n".join(terminal.table(table, left=range(len(table[0])), columns=columns))

@@ -171,6 +171,25 @@ def sample(
     return z * stats["std"][None] + stats["mean"][None]
 
 
+@partial(jax.jit, static_argnames=("flow", "steps"))
+def to_noise(
+    params: PyTree,
+    stats: PyTree,
+    z: Float[Array, "b d"],
+    labels: Int[Array, "b a"],
+    *,
+    flow: Any,
+    steps: int,
+) -> Float[Array, "b d"]:
+    """Follow the velocity back from latents to the noise that `sample` makes them of."""
+
+    def velocity(z: Float[Array, "b d"], t: Float[Array, ""]) -> Float[Array, "b d"]:
+        return flow.apply({"params": params}, z, jnp.full(len(z), t), labels)
+
+    start = (z - stats["mean"][None]) / stats["std"][None]
+    return _heun(velocity, start, times=jnp.linspace(1.0, 0.0, steps + 1, dtype=z.dtype))
+
+
 def _heun(velocity: Any, state: PyTree, *, times: Float[Array, " n"]) -> PyTree:
     """Integrate a velocity over these times by Heun's method, of second order."""
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
@@ -10,7 +11,7 @@ from vaejax.data.batches import Images
 from vaejax.losses import to_float, to_uint8
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
-from vaejax.priors import flatten_latents
+from vaejax.priors import flatten_latents, unraveler
 
 BATCH = 100  # images at a time
 
@@ -21,6 +22,24 @@ def decode(
 ) -> UInt8[Array, "n h w c"]:
     """Decode latents to images: the mode of p(x|z)."""
     return to_uint8(autoencoder.decode(model, params, batch_stats, z))
+
+
+def decode_vectors(
+    params: PyTree,
+    batch_stats: PyTree,
+    vectors: Float[np.ndarray, "n d"],
+    *,
+    model: Autoencoder,
+    batch_size: int = BATCH,
+) -> UInt8[np.ndarray, "n h w c"]:
+    """Decode latents that are laid out as vectors, so many at a time: one shape is compiled."""
+    faces, unravel = [], jax.vmap(unraveler(model))
+    for first in range(0, len(vectors), batch_size):
+        part = vectors[first : first + batch_size]
+        padded = np.pad(part, ((0, batch_size - len(part)), (0, 0)), mode="edge")
+        decoded = decode(params, batch_stats, unravel(jnp.asarray(padded)), model=model)
+        faces.append(np.asarray(decoded)[: len(part)])
+    return np.concatenate(faces)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -61,14 +80,15 @@ def posterior_means(
         # the last batch is filled up with its last image, so that one shape is compiled
         indices = np.minimum(np.arange(first, first + BATCH), count - 1)
         faces = images.read(indices)[:, :, :: -1 if mirrored else 1]
-        z = _means(params, batch_stats, faces, model=model)
+        z = encode(params, batch_stats, faces, model=model)
         parts.append(np.asarray(z)[: count - first])
     return np.concatenate(parts)
 
 
 @partial(jax.jit, static_argnames="model")
-def _means(
+def encode(
     params: PyTree, batch_stats: PyTree, images: UInt8[Array, "n h w c"], *, model: Autoencoder
 ) -> Float[Array, "n d"]:
+    """Return the most probable z of each image as a vector."""
     posterior = autoencoder.encode(model, params, batch_stats, to_float(images))
     return flatten_latents(autoencoder.mode(posterior))

@@ -5,6 +5,7 @@ a row here: tables, curves, the progress line, the run's README and `vaejax runs
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from vaejax.files import open_regular
 
 Place = Literal["progress", "epoch", "readme", "curves", "runs", "evaluation"]
+MISSING = "–"  # in a table, for a metric that was not measured
 Direction = Literal["higher", "lower", "1", "0", ""]  # or nearer to 1 or 0; "": neither
 
 
@@ -20,6 +22,17 @@ class Estimate(NamedTuple):
 
     value: float
     error: float | None = None  # standard error, or standard deviation over groups of images
+
+
+def format_estimate(estimate: Mapping[str, Any] | None) -> str:
+    """Format a metric with two digits of its error, or with five digits if it has none."""
+    if estimate is None:
+        return MISSING
+    value, error = estimate["value"], estimate["error"]
+    if not error:
+        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    digits = max(0, 1 - math.floor(math.log10(abs(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 class Metric(NamedTuple):

@@ -1,4 +1,4 @@
-"""Pictures made of images, PNG files, and films as MP4 and GIF.
+"""Pictures made of images, with or without labels, PNG files, and films as MP4 and GIF.
 
 Images are uint8 arrays `[n h w c]`, a picture is one `[height width c]`. Files are written
 atomically.
@@ -31,8 +31,13 @@ Picture = UInt8[np.ndarray, "H W c"]
 
 CAPTION_HEIGHT = 20  # pixels below each frame of a film
 
+GAP = 2  # pixels between images, and around them
+FONT_SIZE = 12  # pixels, of labels
+LABELLED_SIZE = 64  # pixels, at least, of an image that has a label
+LOOP_RATE = 25.0  # frames a second, whose duration a GIF can express
 
-def grid(images: Images, *, columns: int, gap: int = 2, background: int = 255) -> Picture:
+
+def grid(images: Images, *, columns: int, gap: int = GAP, background: int = 255) -> Picture:
     """Arrange images in rows of `columns`, in reading order and `gap` pixels apart.
 
     The end of an incomplete last row has the color of the background.
@@ -73,6 +78,48 @@ def shrink(images: Images, size: int) -> UInt8[np.ndarray, "n s s c"]:
     return np.stack(
         [np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images]
     )
+
+
+def enlarge(images: Images, factor: int) -> UInt8[np.ndarray, "n H W c"]:
+    """Enlarge images so many times, smoothly; a factor of 1 leaves them as they are."""
+    if factor == 1:
+        return images
+    size, cubic = tuple(factor * side for side in images.shape[2:0:-1]), Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, cubic)) for image in images])
+
+
+def labelled_rows(
+    rows: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    headings: Sequence[str] = (),
+    columns: int = 10,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Arrange RGB images in rows, each with its label at the left, and headings above the columns.
+
+    The rows have equal lengths; they are divided as `stack_rows` does, where there are no headings.
+    Images of less than 64 pixels are enlarged, so that headings find room.
+    """
+    factor = -(-LABELLED_SIZE // rows[0].shape[1])
+    picture = stack_rows(
+        [enlarge(row, factor) for row in rows], columns=len(rows[0]) if headings else columns
+    )
+    height, width = (factor * side + GAP for side in rows[0].shape[1:3])
+    font = ImageFont.load_default(FONT_SIZE)
+    left = round(max(map(font.getlength, labels))) + 5 * GAP
+    top = FONT_SIZE + 3 * GAP if headings else 0
+    sheet = Image.new("RGB", (left + picture.shape[1], top + picture.shape[0]), "white")
+    sheet.paste(Image.fromarray(picture), (left, top))
+    draw = ImageDraw.Draw(sheet)
+    group = len(rows) * height + GAP
+    for first in range(0, picture.shape[0], group):
+        for i, label in enumerate(labels):
+            middle = top + first + GAP + i * height + (height - GAP) / 2
+            draw.text((left - 2 * GAP, middle), label, fill="black", font=font, anchor="rm")
+    for i, heading in enumerate(headings):
+        middle = left + GAP + i * width + (width - GAP) / 2
+        draw.text((middle, top), heading, fill="black", font=font, anchor="md")
+    return np.asarray(sheet)
 
 
 def save_png(path: Path, picture: Picture) -> None:
@@ -141,6 +188,23 @@ def film(
     _write_gif(gif, _read(frames, caption), count=len(frames), rate=rate)
 
 
+def loop(path: Path, frames: Iterable[Picture]) -> None:
+    """Write RGB pictures of equal size as a film that begins again at its end, 25 a second.
+
+    It is a GIF if the name ends so, otherwise an MP4. Each frame goes to ffmpeg as it comes.
+
+    Raises OSError if the file cannot be written.
+    """
+    frames = iter(frames)
+    first = next(frames)
+    size = first.shape[1], first.shape[0]
+    codec = GIF if path.suffix.lower() == ".gif" else MP4
+    with atomic(path) as partial, _ffmpeg(partial, size=size, rate=LOOP_RATE, codec=codec) as pipe:
+        pipe.write(first.tobytes())
+        for frame in frames:
+            pipe.write(frame.tobytes())
+
+
 def _frames_of_equal_size(frames: Sequence[Path]) -> tuple[list[Path], tuple[int, int]]:
     """Return the files that have the most frequent size, and that size (width, height).
 
@@ -205,9 +269,20 @@ def _write_gif(path: Path, frames: Iterable[Image.Image], *, count: int, rate: f
         )
 
 
+# yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
+MP4 = ("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p")
+MP4 += ("-vcodec", "libx264", "-crf", "10")
+# a palette of each frame, so that none has to wait for the last one; without dithering, whose noise
+# would flicker
+GIF = ("-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none")
+GIF += ("-loop", "0")
+
+
 @contextmanager
-def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[bytes]]:
-    """Yield a pipe that encodes raw RGB frames of a size (width, height) as an MP4 file.
+def _ffmpeg(
+    path: Path, *, size: tuple[int, int], rate: float, codec: Sequence[str] = MP4
+) -> Iterator[IO[bytes]]:
+    """Yield a pipe that encodes raw RGB frames of a size (width, height) as a film.
 
     `imageio_ffmpeg.write_frames` starts the same process, but does not report its exit status nor
     its messages: on a full disk it leaves a truncated file and raises nothing. It also forks
@@ -218,9 +293,7 @@ def _ffmpeg(path: Path, *, size: tuple[int, int], rate: float) -> Iterator[IO[by
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}"]
     command += ["-r", str(Fraction(rate).limit_denominator(1000)), "-i", "-", "-an"]
-    # yuv420p, which every player supports, halves the resolution of the colors: it needs even sides
-    command += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
-    command += ["-vcodec", "libx264", "-crf", "10", str(path)]
+    command += [*codec, str(path)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -61,6 +61,23 @@ class Prior(Protocol):
         ...
 
 
+@runtime_checkable
+class NoisePrior(Prior, Protocol):
+    """A prior that makes each z of normal noise `[b d]`, and can tell the noise of a z."""
+
+    def noise(self, seeds: Iterable[int]) -> Float[Array, "b d"]:
+        """Return the noise of each seed, of which `sample` makes its z."""
+        ...
+
+    def from_noise(self, noise: Float[Array, "b d"]) -> PyTree:
+        """Return the z of each noise, `[b ...]`."""
+        ...
+
+    def to_noise(self, z: PyTree) -> Float[Array, "b d"]:
+        """Return the noise of each z."""
+        ...
+
+
 def seed_keys(seeds: Iterable[int]) -> Key[Array, " b"]:
     """Return a key for each seed, the same in every run; seeds are below 2**32."""
     root = jax.random.key(2**32 - 1)  # no run's --seed: its noise and these are independent
@@ -74,6 +91,7 @@ class StandardNormal:
 
     def __init__(self, model: Autoencoder):
         self._leaves, self._tree = jax.tree.flatten(latent_spec(model))
+        self._unravel = unraveler(model)
 
     def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
         """Return a z for each seed, `[b ...]`."""
@@ -83,6 +101,18 @@ class StandardNormal:
             for i, leaf in enumerate(self._leaves)
         ]
         return self._tree.unflatten([temperature * leaf for leaf in drawn])
+
+    def noise(self, seeds: Iterable[int]) -> Float[Array, "b d"]:
+        """Return the noise of each seed, which is its z as a vector."""
+        return flatten_latents(self.sample(seeds))
+
+    def from_noise(self, noise: Float[Array, "b d"]) -> PyTree:
+        """Return noise in the shapes of z."""
+        return jax.vmap(self._unravel)(noise)
+
+    def to_noise(self, z: PyTree) -> Float[Array, "b d"]:
+        """Return z as vectors."""
+        return flatten_latents(z)
 
     def log_prob(self, z: PyTree) -> Float[Array, " b"]:
         """Return log N(z; 0, I), nats."""
@@ -136,11 +166,20 @@ class FlowPrior:
 
     def sample(self, seeds: Iterable[int], *, temperature: float = 1.0) -> PyTree:
         """Return a z for each seed, `[b ...]`; the temperature scales the noise."""
-        keys = seed_keys(seeds)
+        return self.from_noise(temperature * self.noise(seeds))
+
+    def noise(self, seeds: Iterable[int]) -> Float[Array, "b d"]:
+        """Return the noise of each seed."""
         normal = partial(jax.random.normal, shape=(self.network.latents,))
-        noise = temperature * jax.vmap(normal)(keys)
-        z = self._in_batches(flow.sample, noise)
-        return jax.vmap(self._unravel)(z)
+        return jax.vmap(normal)(seed_keys(seeds))
+
+    def from_noise(self, noise: Float[Array, "b d"]) -> PyTree:
+        """Return the z to which the flow moves each noise, `[b ...]`."""
+        return jax.vmap(self._unravel)(self._in_batches(flow.sample, noise))
+
+    def to_noise(self, z: PyTree) -> Float[Array, "b d"]:
+        """Return the noise that the flow moves to each z, up to the error of its steps."""
+        return self._in_batches(flow.to_noise, flatten_latents(z))
 
     def log_prob(self, z: PyTree) -> Float[Array, " b"]:
         """Return log p(z), nats."""

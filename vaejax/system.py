@@ -59,8 +59,13 @@ def _bounds() -> Iterator[tuple[int, int]]:
 
 
 def process_memory() -> int:
-    """Return the bytes of RAM that this process holds (its resident set)."""
-    return psutil.Process().memory_info().rss
+    """Return the bytes of RAM that this process holds.
+
+    Pages of mapped files are not among them: the kernel drops those when it needs the memory. Of a
+    prepared data set a process maps what it has read.
+    """
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)  # which only Linux tells
 
 
 def format_bytes(n: int) -> str:

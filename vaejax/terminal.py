@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO, cast
 
+from vaejax.files import open_to_append
+
 UNKNOWN_WIDTH = 80
 
 
@@ -57,7 +59,7 @@ def copied_to(path: Path) -> Iterator[None]:
     """
     file = None
     with suppress(OSError):
-        file = path.open("ab", buffering=0)
+        file = open_to_append(path)
     if file is None:
         yield
         return

@@ -32,9 +32,7 @@ def vaejax_prepares(task: Task) -> Callable[[], int]:
     from vaejax.data.gather import Threads
 
     image = np.zeros((task.size, task.size, 3), np.uint8)  # imports TFDS before the measurement
-    records.features(task.size).serialize_example(
-        records.Record(image=image, person="", path="", sha256="")
-    )
+    records.serialize(records.Record(image=image, person="", path="", sha256=""))
 
     def run() -> int:
         with tempfile.TemporaryDirectory() as folder:

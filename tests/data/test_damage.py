@@ -139,7 +139,15 @@ def train_file(folder: Path) -> Path:
     return next(folder.glob("records/*train*"))
 
 
-UNREADABLE = r"is damaged: records/faces-train\.array_record-00000-of-00001 cannot be read\. Delete"
+def train_pixels(folder: Path) -> Path:
+    return next(folder.glob("pixels/*train*"))
+
+
+UNREADABLE = r"is damaged: pixels/train-00000-of-00001 cannot be read"
+IMAGE_7 = UNREADABLE + r": image 7 is not as it was written\. Delete"
+UNREADABLE_RECORD = (
+    r"is damaged: records/faces-train\.array_record-00000-of-00001 cannot be read\. Delete"
+)
 
 
 def flipped(path: Path, offset: int) -> None:
@@ -149,7 +157,7 @@ def flipped(path: Path, offset: int) -> None:
 
 
 def pixels_in(path: Path, image: np.ndarray) -> int:
-    """Where in a file of records the pixels of an image lie: they are not packed."""
+    """Where in a file the pixels of an image lie: they are not packed."""
     return path.read_bytes().index(image.tobytes())
 
 
@@ -157,47 +165,74 @@ def test_one_wrong_bit_in_an_image_is_an_error_and_the_other_images_are_read(
     prepared: Path, copy: Path
 ):
     expected = Images(prepared, "train").read(np.arange(20))
-    flipped(train_file(copy), pixels_in(train_file(copy), expected[7]) + 99)
+    flipped(train_pixels(copy), pixels_in(train_pixels(copy), expected[7]) + 99)
     images = Images(copy, "train")
-    for read in (lambda: images.read(np.array([3, 7])), lambda: images.metadata(7)):
-        with pytest.raises(UserError, match=UNREADABLE):
-            read()
+    with pytest.raises(UserError, match=IMAGE_7):
+        images.read(np.array([3, 7]))
     others = np.delete(np.arange(20), 7)
     assert np.array_equal(images.read(others), expected[others])
 
 
+def test_one_wrong_bit_in_a_record_is_an_error_where_it_is_read(prepared: Path, copy: Path):
+    expected = Images(prepared, "train")
+    image = expected.read(np.array([7]))[0]
+    flipped(train_file(copy), pixels_in(train_file(copy), image) + 99)
+    images = Images(copy, "train")
+    with pytest.raises(UserError, match=UNREADABLE_RECORD):
+        images.metadata(7)
+    assert images.metadata(6) == expected.metadata(6)
+
+
 def test_a_stream_ends_in_the_same_error_though_other_threads_read(prepared: Path, copy: Path):
     image = Images(prepared, "train").read(np.array([7]))[0]
-    flipped(train_file(copy), pixels_in(train_file(copy), image))
+    flipped(train_pixels(copy), pixels_in(train_pixels(copy), image))
     images = Images(copy, "train")
     batches = stream(images, batch_size=4, seed=0)
-    with pytest.raises(UserError, match=UNREADABLE):
+    with pytest.raises(UserError, match=IMAGE_7):
         _ = [next(batches) for _ in range(len(images))]
 
 
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 0)])
-def test_records_that_vanish_after_the_set_was_opened_are_an_error(
+def test_files_that_vanish_after_the_set_was_opened_are_an_error(
     copy: Path, damage: Callable[[Path], None]
 ):
     images = Images(copy, "train")
+    damage(train_pixels(copy))
     damage(train_file(copy))
     with pytest.raises(UserError, match=UNREADABLE):
         images.read(np.array([0]))
     with pytest.raises(UserError, match=UNREADABLE):
         next(stream(images, batch_size=4, seed=0))
+    with pytest.raises(UserError, match=UNREADABLE_RECORD):
+        images.metadata(0)
 
 
-def test_no_wrong_bit_of_a_record_file_changes_an_image(prepared: Path, copy: Path):
+def test_no_wrong_bit_of_a_file_of_pixels_changes_an_image(prepared: Path, copy: Path):
+    path, chance = train_pixels(copy), random.Random(0)
+    original = path.read_bytes()
+    everything = np.arange(len(Images(prepared, "train")))
+    # the last of them in the checksums
+    for offset in [*chance.choices(range(len(original)), k=40), len(original) - 100]:
+        flipped(path, offset)
+        with pytest.raises(UserError, match=UNREADABLE + r": image \d+ is not as it was written"):
+            Images(copy, "train").read(everything)
+        path.write_bytes(original)
+
+
+def test_no_wrong_bit_of_a_record_file_changes_what_is_known_of_an_image(
+    prepared: Path, copy: Path
+):
     """Each of many bits, of those that say something: the rest of such a file is zeros."""
     path, chance, outcomes = train_file(copy), random.Random(0), set()
     original = path.read_bytes()
     offsets = [offset for offset, byte in enumerate(original) if byte]
-    everything = np.arange(len(Images(prepared, "train")))
-    expected = Images(prepared, "train").read(everything)
+    expected = Images(prepared, "train")
+    known = [expected.metadata(i) for i in range(len(expected))]
     for offset in chance.sample(offsets, 60):
         flipped(path, offset)
         try:
-            assert np.array_equal(Images(copy, "train").read(everything), expected)
+            images = Images(copy, "train")
+            assert [images.metadata(i) for i in range(len(images))] == known
             outcomes.add("the same")
         except UserError:
             outcomes.add("an error")
@@ -371,6 +406,8 @@ def test_records_are_files_of_the_set(copy: Path):
     (copy / "dataset_report.json").unlink()
     (copy / "dataset_report.json").write_text(json.dumps(records.seal(report, copy)))
     with pytest.raises(UserError, match=r"its metadata (name records/\.\./\.\./|cannot be read)"):
+        builder(copy)
+    with pytest.raises(UserError, match="its metadata cannot be used"):
         Images(copy, "train")
 
 

@@ -258,6 +258,7 @@ def test_a_small_face_keeps_the_resolution_of_a_large_photograph(
     photograph.save(tmp_path / "photograph.png")
     photograph.save(tmp_path / "photograph.jpg", quality=95)
     photograph.save(tmp_path / "progressive.jpg", quality=95, progressive=True)
+    photograph.save(tmp_path / "third.jpg", quality=97)  # to "progressive.jpg" the second is equal
     decode, threads = gather.to_rgb, set()
 
     def watched(image: Image.Image, **settings: int) -> np.ndarray:
@@ -300,7 +301,7 @@ def test_without_a_crop_the_key_and_the_fingerprint_are_hashes_of_the_files(phot
     hashes = sorted(hashlib.sha256((photos / name).read_bytes()).hexdigest() for name in names)
     joined = "\n".join([*hashes, "32"]).encode()
     assert report["fingerprint"] == hashlib.sha256(joined).hexdigest()
-    key = hashlib.sha256(b"vaejax prepared set 3, 32 pixels\n")
+    key = hashlib.sha256(b"vaejax prepared set 4, splits 2, 32 pixels\n")
     for name in sorted(os.listdir(photos)):
         stat = (photos / name).stat()
         key.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())

@@ -184,8 +184,12 @@ def test_each_bad_file_has_its_reason_each_odd_one_its_colour_and_memory_is_boun
     assert {r["path"]: r["reason"] for r in report["refused"]} == refusals
     assert len(report["refused"]) == len(refusals)
     assert report["ignored"] == 4  # three that are junk, and a second name of grey.png
-    assert report["duplicates"] == [["copy 1.png", "copy 2.png", "grey.png"]]
     prepared = images(tmp_path / "hostile")
+    same = [
+        [n for n in sorted(prepared) if np.array_equal(prepared[n], i)] for i in prepared.values()
+    ]
+    assert {"copy 1.png", "copy 2.png", "grey.png"} <= set(max(same, key=len))
+    assert report["duplicates"] == sorted({tuple(s): s for s in same if len(s) > 1}.values())
     assert prepared.keys() == {*GOOD, "turned.png", "copy 1.png", "copy 2.png"}
     for name, (_, colour) in GOOD.items():
         assert np.abs(prepared[name].astype(int) - colour).max() <= 1, name
@@ -234,7 +238,7 @@ def test_files_that_change_after_the_listing_are_refused_and_the_others_read(
         {"path": "002.png", "reason": "empty file"},
         {"path": "003.png", "reason": "too large: more than 256 MB"},
         {"path": "004.png", "reason": "not a regular file"},
-        {"path": "005.png", "reason": "unreadable"},
+        {"path": "005.png", "reason": "not a regular file"},
         {"path": "006.png", "reason": "not a regular file"},
         {"path": "007.png", "reason": "not an image"},
     ]

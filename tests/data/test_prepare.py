@@ -21,6 +21,7 @@ from PIL import Image
 
 from vaejax import files
 from vaejax.data import gather
+from vaejax.data.assignment import identity
 from vaejax.data.gather import Threads
 from vaejax.data.prepare import builder, find_prepared, prepare
 from vaejax.data.records import is_prepared, read_dataset_report
@@ -131,10 +132,13 @@ def test_there_is_a_contact_sheet_and_no_other_file_is_left(prepared: Path):
     records = {f"faces-{split}.array_record-00000-of-00001" for split in SPLITS}
     tables = {"dataset_info.json", "features.json"}
     assert {path.name for path in (prepared / "records").iterdir()} == records | tables
+    pixels = {path.name for path in (prepared / "pixels").iterdir()}
+    assert pixels == {f"{split}-00000-of-00001" for split in SPLITS}
     assert {path.name for path in prepared.iterdir()} == {
         "dataset_report.json",
         "contact_sheet.png",
         "records",
+        "pixels",
     }
     with Image.open(prepared / "contact_sheet.png") as sheet:
         assert sheet.size == (8 * 18 + 2, 8 * 18 + 2)
@@ -232,6 +236,117 @@ def test_a_prepared_set_is_a_source_without_its_original_images(faces: Path, tmp
         make(folder, size=32)
     with pytest.raises(UserError, match="leave out --out"):
         make(folder, out=tmp_path / "other")
+
+
+def noise(path: Path, image: int) -> Path:
+    """Write an image that resembles no other."""
+    pixels = np.random.default_rng(image).integers(0, 256, (16, 16, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def splits_of(folder: Path, name: Callable[[str], str]) -> dict[str, set[str]]:
+    """The splits of all images whose paths have the same name."""
+    found: dict[str, set[str]] = {}
+    for record in records(folder):
+        found.setdefault(name(text(record, "path")), set()).add(record["split"])
+    return found
+
+
+def test_a_person_in_several_folders_is_in_one_split(tmp_path: Path):
+    for i in range(40):
+        for j, folder in enumerate((f"person {i}/2019", f"person {i}/2020", f"PERSON {i}")):
+            noise(tmp_path / "all" / folder / "x.png", 3 * i + j)
+    said: list[str] = []
+    folder = make(tmp_path, out=tmp_path.with_name("set"), say=said.append)
+    persons = splits_of(folder, lambda path: path.split("/")[1].lower())
+    assert len(persons) == 40
+    assert all(len(splits) == 1 for splits in persons.values())
+    report = read_dataset_report(folder)
+    assert (report["persons"], report["person_depth"]) == (40, 2)
+    assert len(said) == 1
+    assert "of 40 persons (folder 2 of a path)" in said[0]
+
+
+def test_files_with_the_same_pixels_are_joined_and_listed(tmp_path: Path):
+    for i in range(40):
+        image = Image.open(noise(tmp_path / "all" / f"{i}.png", i))
+        image.save(tmp_path / "all" / f"{i}.bmp")
+    folder = make(tmp_path / "all", out=tmp_path / "set")
+    images = splits_of(folder, lambda path: path.split(".")[0])
+    assert all(len(splits) == 1 for splits in images.values())
+    duplicates = read_dataset_report(folder)["duplicates"]
+    assert sorted(duplicates) == sorted([f"{i}.bmp", f"{i}.png"] for i in range(40))
+
+
+def test_images_that_look_the_same_are_listed_and_not_joined(faces: Path, tmp_path: Path):
+    for i, path in enumerate(sorted(faces.iterdir())[:20]):
+        noise(tmp_path / "all" / f"{i}.png", i)
+        pixels = np.asarray(Image.open(tmp_path / "all" / f"{i}.png")).astype(int)
+        brighter = np.clip(pixels + 1, 0, 255).astype(np.uint8)
+        Image.fromarray(brighter).save(tmp_path / "all" / f"{i} brighter.png")
+        shutil.copy(path, tmp_path / "all" / f"face {i}.png")
+    said: list[str] = []
+    folder = make(tmp_path / "all", out=tmp_path / "set", say=said.append)
+    report = read_dataset_report(folder)
+    near = report["near_duplicates"]
+    pairs = [[f"{i} brighter.png", f"{i}.png"] for i in range(20)]
+    assert [pair for pair in near["listed"] if "face" not in pair[0]] == sorted(pairs)
+    assert near["pairs"] == len(near["listed"])
+    assert near["complete"]
+    assert report["duplicates"] == []
+    assert f"{near['pairs']} pairs look alike" in said[0]
+    assert len(set(map(str, splits_of(folder, lambda path: path.split()[0]).values()))) > 1
+
+
+def test_folders_that_name_splits_are_doubted_once_and_another_folder_can_be_named(tmp_path: Path):
+    for i in range(48):
+        split, person = ("train", "val", "test")[i % 3], f"person {i % 8}"
+        noise(tmp_path / "all" / split / person / f"{i}.png", i)
+    said: list[str] = []
+    make(tmp_path / "all", out=tmp_path / "one", say=said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "the folders test, train, val are taken for persons. --person-depth N" in warnings[0]
+    assert "here it was 1" in warnings[0]
+    said.clear()
+    folder = make(tmp_path / "all", out=tmp_path / "two", say=said.append, person_depth=2)
+    assert not [line for line in said if line.startswith("warning")]
+    assert read_dataset_report(folder)["persons"] == 8
+    persons = splits_of(folder, lambda path: path.split("/")[1])
+    assert all(len(splits) == 1 for splits in persons.values())
+    none = make(tmp_path / "all", out=tmp_path / "none", person_depth=0)
+    assert read_dataset_report(none)["persons"] == 0
+    with pytest.raises(UserError, match="prepared already, with --person-depth 2"):
+        make(folder, person_depth=1)
+    with pytest.raises(UserError, match="Choose another --out"):
+        make(tmp_path / "all", out=tmp_path / "two")
+    assert make(folder, person_depth=2) == make(folder) == folder
+
+
+def test_fewer_than_three_persons_are_doubted(tmp_path: Path):
+    for i in range(8):
+        noise(tmp_path / "all" / "ab"[i % 2] / f"{i}.png", i)
+    said: list[str] = []
+    make(tmp_path / "all", out=tmp_path / "set", say=said.append)
+    assert "only 2 folders name persons (a, b), so that a person may be in several" in said[0]
+
+
+def test_the_identity_of_a_set_says_which_image_is_in_which_split(tmp_path: Path):
+    for i in range(60):
+        noise(tmp_path / "all" / f"{i % 30:02}" / f"{i}.png", i)
+    before = make(tmp_path / "all", out=tmp_path / "before")
+    of = {next(iter(splits)): name for name, splits in splits_of(before, lambda p: p[:2]).items()}
+    one, other = tmp_path / "all" / of["train"], tmp_path / "all" / of["test"]
+    one.rename(tmp_path / "third")
+    other.rename(one)
+    (tmp_path / "third").rename(other)
+    after = make(tmp_path / "all", out=tmp_path / "after")
+    reports = [read_dataset_report(folder) for folder in (before, after)]
+    for field in ("fingerprint", "persons", "splits"):
+        assert reports[0][field] == reports[1][field]
+    assert identity(reports[0]) != identity(reports[1])
 
 
 def test_finding_a_prepared_set_writes_nothing(faces: Path, tmp_path: Path, monkeypatch):

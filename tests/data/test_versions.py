@@ -13,6 +13,7 @@ from vaejax.errors import UserError
 
 OTHERS = [
     ("vaejax prepared set 2", "report.json"),  # as format 2 and older called it
+    ("vaejax prepared set 3", "dataset_report.json"),  # which had no index
     ("vaejax prepared set 99", "dataset_report.json"),
 ]
 
@@ -94,6 +95,6 @@ def test_a_report_of_another_program_makes_no_prepared_set(tmp_path: Path, versi
 
 def test_the_format_of_this_version_is_neither_of_them(faces: Path, tmp_path: Path):
     folder = make(faces, tmp_path / "set")
-    assert records.format_of(folder) == records.FORMAT == "vaejax prepared set 3"
+    assert records.format_of(folder) == records.FORMAT == "vaejax prepared set 4"
     assert not (folder / "report.json").exists()
     assert json.loads((folder / "dataset_report.json").read_text())["accepted"] == 60

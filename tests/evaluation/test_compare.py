@@ -43,6 +43,8 @@ def test_the_best_value_depends_on_the_direction_of_its_metric():
         ({"compared_faces": 7}, "and 7 faces", {"kernel/samples", "frechet_gap"}),
         ({"split": "validation"}, "splits differ (test and validation)", set()),
         ({"data": {}}, "images of the runs differ", set()),
+        ({"data": "with other splits"}, "images of the runs differ", set()),
+        ({"data": "of an earlier version"}, None, set()),
         ({"config": {}}, "samples or seeds", set()),
     ],
 )
@@ -50,6 +52,12 @@ def test_metrics_that_cannot_be_compared_are_left_out(
     written: Path, evaluation, change: dict, remark: str | None, dropped: set[str]
 ):
     run = compare.read_run(str(written))
+    data = run.evaluation["data"]
+    of_data = {
+        "with other splits": {**data, "assignment": "0"},
+        "of an earlier version": {name: data[name] for name in data if name != "assignment"},
+    }
+    change = {name: of_data.get(str(value), value) for name, value in change.items()}
     other = run._replace(evaluation={**run.evaluation, **change})
     compared, remarks = compare.comparable([run, other])
     assert len(remarks) == (remark is not None)

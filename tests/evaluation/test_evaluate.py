@@ -16,10 +16,12 @@ import scipy.stats
 from jax.scipy.special import logsumexp
 
 from vaejax import generate, nearest
+from vaejax.data import assignment
 from vaejax.data.batches import Images
+from vaejax.data.splits import Facts, image_ids
 from vaejax.distributions import Normal
 from vaejax.errors import CheckpointError, UserError
-from vaejax.evaluation import evaluate, likelihood, memorization, passes
+from vaejax.evaluation import evaluate, likelihood, memorization, passes, tables
 from vaejax.evaluation.evaluate import EvaluationConfig, image_results, load_run
 from vaejax.evaluation.likelihood import BatchEvaluation, Latents
 from vaejax.evaluation.passes import ImageScores, TrainedModel
@@ -436,6 +438,43 @@ def test_other_or_missing_images_and_runs_without_weights_are_refused(
     shutil.rmtree(folder / checkpoint.FOLDER)
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         load_run(folder, "test")
+
+
+def test_images_that_the_run_has_learned_from_are_left_out_and_counted(
+    trained: Path, trained_run, evaluation, tmp_path: Path
+):
+    assert evaluation.json["learned_from"] == 0
+    assert not [note for note in tables.notes(evaluation.json) if "learned from" in note]
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    held_out, kept = trained_run.held_out, assignment.read(folder)
+    assert kept is not None
+    paths = [held_out.metadata(i)["path"] for i in range(len(held_out))]
+    learned = {kept_id: "train" for kept_id in ids(held_out, [0, 3, len(held_out) - 1])}
+    assignment._write(folder, kept._replace(known={**kept.known, **learned}))
+    found = load_run(folder, "test")
+    assert found.learned_from == 3
+    assert [found.held_out.metadata(i)["path"] for i in range(len(found.held_out))] == [
+        path for i, path in enumerate(paths) if i not in (0, 3, len(held_out) - 1)
+    ]
+    notes = tables.notes({**evaluation.json, "learned_from": found.learned_from})
+    assert any(note.startswith("3 more images of that split are left out") for note in notes)
+
+    learned = {kept_id: "train" for kept_id in ids(trained_run.validation, [1])}
+    assignment._write(folder, kept._replace(known={**kept.known, **learned}))
+    found = load_run(folder, "test")
+    assert found.learned_from == 0
+    assert len(found.validation) == len(trained_run.validation) - 1
+
+    learned = {kept_id: "train" for kept_id in kept.known}
+    assignment._write(folder, kept._replace(known=learned))
+    with pytest.raises(UserError, match="has learned from all"):
+        load_run(folder, "test")
+
+
+def ids(images: Images, indices: list[int]) -> list[bytes]:
+    """Some of their files, as a run knows them."""
+    facts = [Facts(images.metadata(i)["sha256"], "", "", "") for i in indices]
+    return [image_ids(fact)[0] for fact in facts]
 
 
 # The modules --------------------------------------------------------------------------------------

@@ -74,6 +74,25 @@ def test_pictures_show_the_arrays_of_the_evaluation(written: Path, evaluation, t
     assert drawn == (tmp_path / "rates.png").read_bytes()
 
 
+def test_an_evaluation_is_not_written_into_what_a_link_leads_to(
+    trained: Path, evaluation, tmp_path: Path
+):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    (tmp_path / "mine").mkdir()
+    (folder / "evaluation").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="evaluation in it is a link"):
+        tables.write(folder, evaluation)
+    (folder / "evaluation").unlink()
+    mine = tmp_path / "mine" / "file"
+    mine.write_text("mine")
+    for name in ("evaluation.json", "evaluation.md"):
+        (folder / f".partial-{name}").symlink_to(mine)
+        (folder / name).symlink_to(mine)
+    tables.write(folder, evaluation)
+    assert mine.read_text() == "mine"
+    assert json.loads((folder / "evaluation.json").read_text()) == evaluation.json
+
+
 # Whatever happens while it is written
 
 

@@ -279,7 +279,8 @@ def test_other_versions_are_one_warning(
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in files(folder) if name != "run.lock"}
+    written = ("run.lock", "log.txt")  # also by a command that is refused
+    return {name: (folder / name).read_bytes() for name in files(folder) if name not in written}
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_left_as_it_is(folder: Path, data: Path):
@@ -384,7 +385,9 @@ def test_a_file_that_somebody_edited_is_an_error_errors_as_messages_or_does_no_h
 
     acts: dict[str, list[Callable[[], object]]] = {
         "config.json": [
-            lambda: run.choose_folder(spec, out=folder, fresh=False, accept_changed_data=False),
+            lambda: run.choose_folder(
+                "tiny", lambda _: spec, out=folder, fresh=False, accept_changed_data=False
+            ),
             lambda: commands.load(str(folder)),
             write_page,
         ],

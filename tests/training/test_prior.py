@@ -25,7 +25,8 @@ from vaejax.data.labels import NO_LABELS
 from vaejax.data.prepare import prepare
 from vaejax.errors import CheckpointError, DivergedError, Interrupted, UserError
 from vaejax.evaluation.evaluate import load_run
-from vaejax.training import checkpoint, flow_prior, prior, run
+from vaejax.priors import FlowPrior
+from vaejax.training import checkpoint, flow_prior, prior, publish, run
 from vaejax.training import devices as dev
 from vaejax.training.config import Config, Recipe, resolve
 from vaejax.training.fit import fit
@@ -370,6 +371,10 @@ def test_a_flow_draws_faces_with_the_attributes_that_it_is_asked_for(
         condition: np.asarray(prior.load(loaded, "flow", condition=condition).sample(range(3)))
         for condition in ("", "number=even", "number=odd", "kind=same,number=odd")
     }
+    exported = publish.exported(loaded)
+    assert exported.attributes == {"kind": ["same"], "number": ["even", "odd"]}
+    assert isinstance(exported.prior, FlowPrior)
+    assert np.array_equal(exported.prior.sample(range(3)), drawn[""])
     several = list(drawn.values())
     for i, z in enumerate(several):
         assert all(np.abs(z - other).max() > 1e-4 for other in several[:i])

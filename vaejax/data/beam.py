@@ -111,7 +111,7 @@ class Beam:
         for file in Path(faces.data_dir).glob("*.array_record-*"):
             file.rename(folder / file.name)
         shutil.rmtree(faces.data_dir)  # or TFDS would take the next split for prepared
-        return records.split_info(folder, split=split, lengths=lengths)
+        return records.finish_split(folder, split=split, lengths=lengths)
 
     def check(self) -> None:
         """Raise UserError if there is no such runner, or it does not accept these options."""
@@ -204,7 +204,8 @@ class _ExamineParts(beam.DoFn):
                     facts.append(result.reason)
                 else:
                     faces = None if result.thumbnail is None else result.thumbnail.faces
-                    facts.append([result.sha256, result.dimensions, faces])
+                    hashes = [result.sha256, result.pixel_hash, result.look.hex()]
+                    facts.append([*hashes, result.dimensions, faces])
                     pixels.append(result.pixels)
         with _unshared(f"{element}.facts") as path:
             _write_json(path, facts)
@@ -230,10 +231,11 @@ def _read_results(entries: Iterable[Entry], parts: Iterable[Path]) -> Iterator[E
             if isinstance(fact, str):
                 yield NoFace(_StandIn(blank, 0, entry)) if fact == NO_FACE else Refused(fact)
             else:
-                sha256, (width, height), faces = fact
+                sha256, pixel_hash, look, (width, height), faces = fact
+                hashes = sha256, pixel_hash, bytes.fromhex(look)
                 thumbnail = None if faces is None else _StandIn(blank, faces, entry)
                 location = (f"{part}.pixels", next(indices))
-                yield Examined(sha256, (width, height), location, thumbnail)
+                yield Examined(*hashes, (width, height), location, thumbnail)
 
 
 def _draw(
@@ -282,7 +284,9 @@ class _Writer(ExampleWriter):
 
     def write(self, path: Any, examples: Iterable[Any]) -> None:
         with _unshared(path) as partial:
-            records.write_records(partial, (example for _, example in examples))
+            serialized = (example for _, example in examples)
+            records.write_records(partial, ((s, records.image_of(s)) for s in serialized))
+            os.replace(f"{partial}.pixels", f"{os.fspath(path)}.pixels")
 
 
 def _examples(plan: Path, size: int) -> Iterator[tuple[int, dict[str, Any]]]:

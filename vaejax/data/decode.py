@@ -148,4 +148,4 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

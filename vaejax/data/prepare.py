@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,20 @@ import numpy as np
 from vaejax import pictures
 from vaejax.cache import cache_folder
 from vaejax.data import faces, records
+from vaejax.data.assignment import hash_assignment
+from vaejax.data.duplicates import MAX_DISTANCE, near_duplicates
 from vaejax.data.faces import Crop, Detector
 from vaejax.data.gather import Gathered, Threads, Workers
 from vaejax.data.records import builder
 from vaejax.data.sources import Entry, Listing, open_source
-from vaejax.data.splits import INTERVALS, assign_splits, person_names
+from vaejax.data.splits import (
+    INTERVALS,
+    Facts,
+    assign_splits,
+    doubtful_persons,
+    person_depth,
+    person_names,
+)
 from vaejax.errors import UserError
 from vaejax.files import atomic_folder, printable, write_json
 
@@ -34,6 +43,8 @@ __all__ = ["builder", "find_prepared", "prepare"]
 
 MAX_REFUSED = 0.05  # of the files; more than that is a mistake, not an accident
 MIN_IMAGES = 3  # different ones: one for training, two held out
+LISTED_PAIRS = 1000  # of near-duplicates, in the report
+RULES = "splits 2"  # raise the number when the same files are split or joined in another way
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class _Job:
     workers: Workers
     detector: Detector | None
     debug_sheet: Path | None
+    person_depth: int | None
     say: Callable[[str], None]
 
 
@@ -56,6 +68,7 @@ def prepare(
     crop: Crop | None = None,
     debug_sheet: Path | None = None,
     allow_refused: bool = False,
+    person_depth: int | None = None,
     workers: Workers | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -70,6 +83,8 @@ def prepare(
         debug_sheet: a PNG that shows where faces were detected. It is written even if so many
             pictures have no face that this is an error. The prepared set has a copy.
         allow_refused: accept that more than 5 % of the files cannot be used.
+        person_depth: which folder of a file's path names the person, from 1 for the outermost; 0
+            for none. Without it, the first one that not all images share.
         workers: who does the work; None for one thread per core. Workers of Apache Beam must see
             `source`, `out` and the crop's cascade under these paths; the set is the same.
         say: is called with each line of progress.
@@ -82,18 +97,22 @@ def prepare(
     if debug_sheet is not None and detector is None:
         raise UserError("--debug-sheet shows which faces were found: add --crop-faces.")
     if records.is_prepared(source):
-        folder = _check_prepared_source(source, size=size, out=out, detector=detector)
+        folder = _check_prepared_source(
+            source, size=size, out=out, detector=detector, person_depth=person_depth
+        )
         _check_sheet(debug_sheet, outside=[folder])
         faces.copy_sheet(folder, debug_sheet)
         return folder
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size}: images can be prepared at 8 to 2048 pixels a side.")
+    if person_depth is not None and person_depth < 0:
+        raise UserError(f"--person-depth {person_depth}: at least 0")
     with open_source(source) as files:
-        key = _listing_key(files.entries, size, detector)
+        key = _listing_key(files.entries, size, detector, person_depth)
         folder = Path(out).resolve() if out else cache_folder() / _cache_name(source, size, key)
         _check_sheet(debug_sheet, outside=[source, folder])
         workers = Threads() if workers is None else workers
-        job = _Job(files, key, size, folder, workers, detector, debug_sheet, say)
+        job = _Job(files, key, size, folder, workers, detector, debug_sheet, person_depth, say)
         try:
             if _holds(folder, key, files.entries):
                 faces.copy_sheet(folder, debug_sheet)
@@ -104,7 +123,8 @@ def prepare(
                 _check_free_space(partial, job)
                 report = _fill(partial, job, allow_refused=allow_refused)
         except FileExistsError:  # another process prepared the same meanwhile
-            _holds(folder, key, files.entries)
+            if not _holds(folder, key, files.entries):
+                raise
             return folder
         except BrokenPipeError:  # nobody reads what `say` prints
             raise
@@ -115,7 +135,9 @@ def prepare(
     return folder
 
 
-def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple[Path | None, int]:
+def find_prepared(
+    source: Path, *, size: int, crop: Crop | None = None, person_depth: int | None = None
+) -> tuple[Path | None, int]:
     """Find what `prepare` would start from, and write nothing.
 
     Returns the prepared set and its number of images, if the source is one or the cache holds one;
@@ -124,10 +146,12 @@ def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple
     source = Path(source)
     detector = None if crop is None else Detector(crop)
     if records.is_prepared(source):
-        folder = _check_prepared_source(source, size=size, out=None, detector=detector)
+        folder = _check_prepared_source(
+            source, size=size, out=None, detector=detector, person_depth=person_depth
+        )
         return folder, records.check(folder)["accepted"]
     with open_source(source) as files:
-        key = _listing_key(files.entries, size, detector)
+        key = _listing_key(files.entries, size, detector, person_depth)
         folder = cache_folder(make=False) / _cache_name(source, size, key)
         return (folder if _holds(folder, key, files.entries) else None), len(files.entries)
 
@@ -136,7 +160,12 @@ def find_prepared(source: Path, *, size: int, crop: Crop | None = None) -> tuple
 
 
 def _check_prepared_source(
-    source: Path, *, size: int, out: Path | None, detector: Detector | None
+    source: Path,
+    *,
+    size: int,
+    out: Path | None,
+    detector: Detector | None,
+    person_depth: int | None,
 ) -> Path:
     """Return a source that is a prepared set. Raises UserError if it is not the requested one."""
     report = records.check(source)
@@ -148,14 +177,24 @@ def _check_prepared_source(
         )
     if detector is not None:
         detector.check_same_crop(source, report.get("crop"))
+    if person_depth is not None and person_depth != report.get("person_depth"):
+        raise UserError(
+            f"{printable(source)} is prepared already, with --person-depth "
+            f"{report.get('person_depth', 'unknown')}: leave out --person-depth, or prepare the "
+            "original images again."
+        )
     if out is not None and Path(out).resolve() != source.resolve():
         raise UserError(f"{printable(source)} is prepared already: leave out --out.")
     return source
 
 
-def _listing_key(entries: Iterable[Entry], size: int, detector: Detector | None) -> str:
+def _listing_key(
+    entries: Iterable[Entry], size: int, detector: Detector | None, person_depth: int | None
+) -> str:
     """Hash everything that a prepared set depends on, but for the contents of the files."""
-    key = hashlib.sha256(f"{records.FORMAT}, {size} pixels\n".encode())
+    key = hashlib.sha256(f"{records.FORMAT}, {RULES}, {size} pixels\n".encode())
+    if person_depth is not None:
+        key.update(f"persons at {person_depth}\n".encode())
     if detector is not None:
         key.update(json.dumps(detector.identity).encode())
     for entry in entries:
@@ -241,7 +280,7 @@ def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
     """Write everything into an empty folder, and return the report."""
     start = time.monotonic()
     with job.workers.gather(
-        job.files, partial / "pixels", size=job.size, detector=job.detector, say=job.say
+        job.files, partial / "scratch", size=job.size, detector=job.detector, say=job.say
     ) as gathered:
         if job.detector is not None and job.files.entries:
             gathered.sheet.save(partial / faces.SHEET_NAME)
@@ -266,8 +305,10 @@ def _fill(partial: Path, job: _Job, *, allow_refused: bool) -> dict[str, Any]:
 
 def _write_images(partial: Path, gathered: Gathered, job: _Job) -> dict[str, Any]:
     """Write the records and the contact sheet; return the report's facts on splits and persons."""
-    persons = person_names(gathered.paths)
-    split_of = assign_splits(gathered.hashes, persons)
+    persons = person_names(gathered.paths, depth=job.person_depth)
+    folders = (str(PurePosixPath(path).parent) for path in gathered.paths)
+    facts = zip(gathered.hashes, gathered.pixel_hashes, persons, folders, strict=True)
+    split_of = assign_splits([Facts(*fact) for fact in facts])
     order = sorted(
         range(len(gathered.paths)), key=lambda i: (gathered.hashes[i], gathered.paths[i])
     )
@@ -289,8 +330,21 @@ def _write_images(partial: Path, gathered: Gathered, job: _Job) -> dict[str, Any
     pictures.save_png(partial / "contact_sheet.png", pictures.grid(images, columns=8))
     return {
         "splits": {split: split_of.count(split) for split in INTERVALS},
-        "persons": len(set(persons) - {""}),
+        "assignment": hash_assignment(gathered.hashes, split_of),
+        **_person_facts(gathered.paths, persons, job),
     }
+
+
+def _person_facts(paths: Sequence[str], persons: Sequence[str], job: _Job) -> dict[str, Any]:
+    """Return the report's facts on persons; warn where folders may not name any."""
+    found = person_depth(paths)
+    depth = found if job.person_depth is None else job.person_depth
+    if doubt := doubtful_persons(persons):
+        job.say(
+            f"warning: {doubt}. --person-depth N says which folder of a path names the person: 1 "
+            f"the outermost, here it was {depth}; 0 says that none does."
+        )
+    return {"persons": len(set(persons) - {""}), "person_depth": depth, "doubt": doubt}
 
 
 # The preparation report ---------------------------------------------------------------------------
@@ -302,6 +356,7 @@ def _image_facts(gathered: Gathered, size: int, detector: Detector | None) -> di
         "accepted": len(gathered.paths),
         "refused": gathered.refused,
         "duplicates": _duplicates(gathered),
+        "near_duplicates": _near_duplicates(gathered),
         "sizes": _sizes(gathered.dimensions),
         "fingerprint": _fingerprint(gathered.hashes, size, detector),
     }
@@ -312,10 +367,25 @@ def _image_facts(gathered: Gathered, size: int, detector: Detector | None) -> di
 
 
 def _duplicates(gathered: Gathered) -> list[list[str]]:
+    """List the files of each image that there is more than once, by its pixels."""
     paths_of: dict[str, list[str]] = {}
-    for path, digest in zip(gathered.paths, gathered.hashes, strict=True):
+    for path, digest in zip(gathered.paths, gathered.pixel_hashes, strict=True):
         paths_of.setdefault(digest, []).append(path)
     return [paths for paths in paths_of.values() if len(paths) > 1]
+
+
+def _near_duplicates(gathered: Gathered) -> dict[str, Any]:
+    """Describe the pairs of images that look the same, and are not: one file of each image."""
+    first = {digest: i for i, digest in reversed(list(enumerate(gathered.pixel_hashes)))}
+    different = sorted(first.values())
+    near = near_duplicates([gathered.looks[i] for i in different], examples=LISTED_PAIRS)
+    paths = [gathered.paths[i] for i in different]
+    return {
+        "pairs": near.pairs,
+        "complete": near.complete,
+        "max_distance": MAX_DISTANCE,
+        "listed": [[paths[one], paths[other]] for one, other in near.examples],
+    }
 
 
 def _sizes(dimensions: Counter[tuple[int, int]]) -> dict[str, Any]:
@@ -343,7 +413,10 @@ def _summary(report: dict[str, Any]) -> str:
     """Summarize a report in one sentence."""
     parts = ", ".join(f"{count:,} {name}" for name, count in report["splits"].items())
     duplicates = sum(len(paths) - 1 for paths in report["duplicates"])
-    persons = f" of {report['persons']:,} persons" if report["persons"] else ""
+    persons = ""
+    if report["persons"]:
+        persons = f" of {report['persons']:,} persons (folder {report['person_depth']} of a path)"
+    near = f", {report['near_duplicates']['pairs']:,} pairs look alike"
     crop = ""
     if "crop" in report:
         none = sum(refusal["reason"] == faces.NO_FACE for refusal in report["refused"])
@@ -351,7 +424,7 @@ def _summary(report: dict[str, Any]) -> str:
     return (
         f"Prepared {report['accepted']:,} images{persons} from {report['source']} at "
         f"{report['size']}x{report['size']} ({parts}); {len(report['refused']):,} files "
-        f"refused,{crop} {duplicates:,} duplicates kept, {report['seconds']:.1f} s."
+        f"refused,{crop} {duplicates:,} duplicates kept{near}, {report['seconds']:.1f} s."
     )
 
 
@@ -379,7 +452,7 @@ def _check_enough(gathered: Gathered, job: _Job, *, allow_refused: bool) -> None
             f"for example {examples}. All are listed in {printable(_refusals_file(job))}. Mend or "
             f"remove them, or leave them out by --allow-refused.{hint}"
         )
-    different = len(set(gathered.hashes))
+    different = len(set(gathered.pixel_hashes))
     if different < MIN_IMAGES:
         raise UserError(
             f"only {different} different images in {source} ({len(gathered.refused)} of {files} "

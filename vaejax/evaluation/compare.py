@@ -128,7 +128,7 @@ def comparable(runs: Sequence[EvaluatedRun]) -> tuple[list[Mapping[str, Any]], l
         dropped |= {*SET_METRICS, *GAPS, "persons"}
     if splits := differences("split"):
         remarks.append(f"The splits differ ({splits}): differences may be those of the images.")
-    elif differences("data"):
+    elif _data_differ([e["data"] for e in evaluations]):
         remarks.append("The images of the runs differ: differences may be those of the images.")
     if differences("config"):
         remarks.append("The samples or seeds of the evaluations differ: see each evaluation.json.")
@@ -136,6 +136,13 @@ def comparable(runs: Sequence[EvaluatedRun]) -> tuple[list[Mapping[str, Any]], l
         {**e, "metrics": {n: v for n, v in e["metrics"].items() if n.split("/")[0] not in dropped}}
         for e in evaluations
     ], remarks
+
+
+def _data_differ(data: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether images or splits differ, so far as all say: earlier versions say less."""
+    unsaid = set() if all("assignment" in d for d in data) else {"assignment"}
+    said = [{name: value for name, value in d.items() if name not in unsaid} for d in data]
+    return any(d != said[0] for d in said)
 
 
 def _name(value: Any) -> Any:
@@ -152,7 +159,7 @@ def to_text(
         starred = [_star(row, evaluations) for row in cells]
         rows = [row[:-1] for row in [head, *starred]]
         lines += ["", title, *terminal.table(rows, left=(0,), columns=columns)]
-    return [*lines, "", *(terminal.wrap(remark, columns) for remark in remarks)]
+    return [*lines, "", *terminal.wrap("\n".join(remarks), columns).splitlines()]
 
 
 def _star(row: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

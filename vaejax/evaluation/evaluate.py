@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from vaejax import losses, priors
-from vaejax.data.batches import Images
+from vaejax.data import assignment
+from vaejax.data.batches import Images, Selection
 from vaejax.data.records import read_dataset_report
 from vaejax.distributions import Normal
 from vaejax.errors import UserError
@@ -66,7 +67,9 @@ class TrainedRun(NamedTuple):
     step: int
     prepared: Path
     data: dict[str, Any]  # identifies the images and their splits
-    held_out: Images
+    held_out: Images  # without those that it has learned from, as the next
+    validation: Images
+    learned_from: int  # images of the split that are left out
     has_persons: bool
     priors: dict[str, Prior]  # by the names of their sets of samples
 
@@ -102,28 +105,56 @@ def load_run(folder: Path, split: str, *, prior: priors.PriorName | None = None)
     try:
         dataset_report = read_dataset_report(prepared)
     except UserError as error:
+        kept = assignment.read(folder)
+        again = (
+            f"`vaejax prepare {quote(spec.schedule.source)} --size {model.size} --out "
+            f"{quote(str(prepared))}` "
+            "prepares them again (with --crop-faces or --person-depth, if the run had them)"
+            if kept is None or not kept.is_own
+            else "The command that the run was made by makes them again, with the run's own splits"
+        )
         raise UserError(
-            f"the images that {folder} was trained on cannot be read: {error} `vaejax prepare "
-            f"{quote(spec.schedule.source)} --size {model.size} --out {quote(str(prepared))}` "
-            "prepares them again (with --crop-faces, if they were cropped)"
+            f"the images that {folder} was trained on cannot be read: {error} {again}"
         ) from None
-    if any(dataset_report[field] != value for field, value in spec.data.items()):
+    present = assignment.identity(dataset_report)
+    if any(present.get(field, value) != value for field, value in spec.data.items()):
         raise UserError(
             f"{prepared} holds other images than {folder} was trained on, or splits them in "
             "another way: its held-out images may have been trained on. Restore the images, or "
             "continue the run with --accept-changed-data"
         )
+    held_out, learned_from = _never_learned(folder, prepared, split)
+    # a set with the run's own splits has the identity of the set that it is a copy of
+    own = {"own_assignment": dataset_report["assignment"]} if "original" in dataset_report else {}
     return TrainedRun(
         folder,
         TrainedModel(model, weights.params, weights.batch_stats),
         spec.loss,
         weights.step,
         prepared,
-        dict(spec.data),
-        Images(prepared, split),
+        {**spec.data, **own},
+        held_out,
+        _never_learned(folder, prepared, "validation")[0],
+        learned_from,
         bool(dataset_report["persons"]),
         _priors(loaded, prior),
     )
+
+
+def _never_learned(folder: Path, prepared: Path, split: str) -> tuple[Images, int]:
+    """Return the images of a split that a run has never learned from, and the number of others.
+
+    Raises UserError if there are no such images.
+    """
+    images = Images(prepared, split)
+    learned = assignment.learned_from(folder, images)
+    if len(learned) == len(images):
+        raise UserError(
+            f"{folder} has learned from all {len(images):,} images of the {split} split of "
+            f"{prepared}: none is left to evaluate it on"
+        )
+    others = np.setdiff1d(np.arange(len(images)), learned)
+    return (Selection(images, others) if len(learned) else images), len(learned)
 
 
 def _priors(loaded: run.LoadedRun, name: priors.PriorName | None) -> dict[str, Prior]:
@@ -162,8 +193,7 @@ def evaluate(
     started = time.monotonic()
     trained, held_out = trained_run.trained, trained_run.held_out
     fit_key, noise_key, bound_key = jax.random.split(jax.random.key(config.seed), 3)
-    validation = Images(trained_run.prepared, "validation")
-    log_variance = passes.fit_log_variance(trained, validation, fit_key)
+    log_variance = passes.fit_log_variance(trained, trained_run.validation, fit_key)
     sets = FaceSets(trained.model, features)
 
     def add_to_sets(images: Faces, reconstructions: Faces) -> None:
@@ -336,6 +366,7 @@ def _facts(
         "step": trained_run.step,
         "split": config.split,
         "images": len(trained_run.held_out),
+        "learned_from": trained_run.learned_from,
         "config": config._asdict(),
         "data": trained_run.data,
         "size": trained_run.trained.model.size,

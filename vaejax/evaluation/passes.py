@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vaejax import generate
 from vaejax.cache import cache_folder
-from vaejax.data.batches import Images
+from vaejax.data.batches import Images, in_order
 from vaejax.data.records import read_dataset_report
 from vaejax.errors import UserError
 from vaejax.evaluation import likelihood
@@ -68,12 +68,14 @@ def batch_size(model: Autoencoder) -> int:
 
 
 def batches(images: Images, size: int, *, description: str) -> Iterator[Batch]:
-    """Yield all images in their order, with a progress bar."""
+    """Yield all images in their order, with a progress bar; the next are read meanwhile."""
     with progress_bar(len(images), description) as bar:
-        for first in range(0, len(images), size):
-            indices = np.minimum(np.arange(first, first + size), len(images) - 1)
-            valid = min(size, len(images) - first)
-            yield Batch(images.read(indices), indices, valid)
+        for indices, pixels in in_order(images, size):
+            valid = len(indices)
+            if valid < size:  # only the last
+                rows = np.minimum(np.arange(size), valid - 1)
+                indices, pixels = indices[rows], pixels[rows]
+            yield Batch(pixels, indices, valid)
             bar.update(valid)
 
 
@@ -255,7 +257,8 @@ def training_features(prepared: Path, features: Features, model: Autoencoder) ->
     training = Images(prepared, "train")
     report = read_dataset_report(prepared)
     facts = [features.name, features.weights]
-    facts += [report[field] for field in ("fingerprint", "persons", "splits")]
+    names = ("fingerprint", "persons", "splits", "assignment")
+    facts += [report[name] for name in names if name in report]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     path = cache_folder() / "features" / f"{digest}.npy"
     try:

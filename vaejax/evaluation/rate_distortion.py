@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from vaejax import losses, plots
-from vaejax.data.batches import Images
 from vaejax.errors import UserError
 from vaejax.evaluation import evaluate, passes, tables
 from vaejax.files import read_json, write_json, write_text
@@ -48,7 +47,7 @@ def measure(folder: Path, *, seed: int) -> Point:
     if (kept := _read_point(path, facts)) is not None:
         return kept
     fit_key, noise_key = jax.random.split(jax.random.key(seed))
-    log_variance = passes.fit_log_variance(run.trained, Images(run.prepared, "validation"), fit_key)
+    log_variance = passes.fit_log_variance(run.trained, run.validation, fit_key)
     scores = passes.evaluate_images(run.trained, run.held_out, noise_key, log_variance)
     results = evaluate.image_results(scores, log_variance, run)
     metrics = {n: r.value for n in METRICS if isinstance(r := results[n], Estimate)}

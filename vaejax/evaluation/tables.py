@@ -1,6 +1,5 @@
 """Tables of evaluations as text, Markdown and HTML, and the files of an evaluation."""
 
-import math
 import re
 import secrets
 import shutil
@@ -15,7 +14,7 @@ from vaejax.errors import StorageError, VaejaxError
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
 from vaejax.files import atomic, atomic_folder, fsync, json_text, write_text
-from vaejax.metrics import MEMORIZATION, METRICS, Direction, Metric
+from vaejax.metrics import MEMORIZATION, METRICS, MISSING, Direction, Metric, format_estimate
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
 from vaejax.training.run import refuse_links
@@ -36,7 +35,6 @@ CAPTIONS = {
     "rates.png": "The rate of each latent dimension",
 }
 
-MISSING = "–"
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "": "", "0": "→ 0", "1": "→ 1"}
 BY_SET = (SETS_GROUP, MEMORIZATION)  # groups whose columns are sets, in the table of one evaluation
 
@@ -48,17 +46,6 @@ class Table(NamedTuple):
     title: str
     head: list[str]
     rows: list[list[str]]
-
-
-def format_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """Format a metric with two digits of its error, or with five digits if it has none."""
-    if estimate is None:
-        return MISSING
-    value, error = estimate["value"], estimate["error"]
-    if not error:
-        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    digits = max(0, 1 - math.floor(math.log10(abs(error))))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -123,7 +110,8 @@ def to_text(evaluation: Mapping[str, Any], columns: int | None = None) -> list[s
         heads = _two_lines(table.head) if has_head else []
         rows = terminal.table([*heads, *table.rows], left=(0, -3, -2, -1), columns=columns)
         lines += ["", table.title, *rows]
-    return [*lines, "", *(terminal.wrap(note, columns) for note in notes(evaluation))]
+    wrapped = terminal.wrap("\n".join(notes(evaluation)), columns).splitlines()
+    return [*lines, "", *wrapped]
 
 
 def _two_lines(head: Sequence[str]) -> list[list[str]]:
@@ -167,6 +155,11 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         f"step {evaluation['step']:,}. It took {format_duration(evaluation['seconds'])} and "
         f"{format_bytes(evaluation['peak_memory_bytes'])} on {evaluation['device']}."
     ]
+    if learned := evaluation["learned_from"]:
+        lines.append(
+            f"{learned:,} more images of that split are left out, because the run has learned from "
+            "them: at some time they were among its training images."
+        )
     if features := evaluation["features"]:
         lines.append(f"Faces are compared by {features['name']} ({features['weights']}).")
     if evaluation["compared_faces"]:

@@ -19,7 +19,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -62,11 +64,35 @@ SWITCH = "VAEJAX_NATIVE"  # environment variable; 0 turns the kernels off
 # Building -----------------------------------------------------------------------------------------
 
 
+_plain = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Compute what is traced within by XLA's own operations alone, so that others can read it.
+
+    No C++ kernels and no other forms of convolutions; the results are the same up to rounding. A
+    program that JAX has already traced for the same shapes stays as it is.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def only_plain() -> bool:
+    """Tell whether this runs within `plain_operations`."""
+    return _plain.get()
+
+
 def supports(dtype: Any) -> bool:
     """Tell whether the kernels can be used here for arrays of this dtype; build them if necessary.
 
     They need a single CPU device: XLA cannot split a foreign call over several.
     """
+    if only_plain():
+        return False
     single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     return single_cpu and dtype == jnp.float32 and not unavailable_reason()
 

@@ -10,8 +10,9 @@ transpose and the gradients of both:
 `jax.custom_vjp` connects them, because XLA runs the gradients that JAX derives slowly on a CPU,
 some of them a hundred times slower. The result is the same up to rounding, whichever way it is
 computed: `native_algorithm` chooses one of the C++ kernels, and `xla_form` the expression that XLA
-gets otherwise. Only these two know what is fast on which backend. Whoever compiles a program with
-convolutions passes it `compiler_options`. `benchmarks/convolutions.py` measures the speed.
+gets otherwise. Only these two know what is fast on which backend; within
+`kernels.plain_operations` they leave everything to XLA's own operation. Whoever compiles a program
+with convolutions passes it `compiler_options`. `benchmarks/convolutions.py` measures the speed.
 """
 
 from functools import cache, partial
@@ -243,7 +244,7 @@ def _same(inputs: Shape, outputs: Shape, taps: Shape, stride: int) -> Paddings:
 def xla_form(image: Shape, kernel: Shape, *, stride: int = 1, dilation: int = 1) -> Form:
     """Choose the form that is fastest on this backend, by the shapes of image and kernel."""
     products = prod(image[:3]) * prod(kernel) // stride**2
-    if jax.default_backend() != "cpu" or products < MIN_PRODUCTS:
+    if kernels.only_plain() or jax.default_backend() != "cpu" or products < MIN_PRODUCTS:
         return "plain"
     if 1 < dilation <= min(kernel[:2]):
         return "phases"

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,22 @@ EPOCH_SECONDS, END_SECONDS = 2.0, 20.0  # of pictures and a checkpoint; of the p
 SLACK = 1.04  # what an update takes in a run: metrics, reading, the checks between two of them
 
 
+class Speed(NamedTuple):
+    """What a run of a recipe takes on this machine, in seconds."""
+
+    fixed: float  # before the first update and after the last one
+    update: float  # with its share of an epoch's validation, pictures and checkpoint
+    prior_update: float  # 0 where no flow is trained
+
+    def updates_in(self, minutes: float) -> tuple[int, int]:
+        """Return the updates of the autoencoder and of the flow that fit into the minutes."""
+        left = 60 * minutes - self.fixed
+        if not self.prior_update:
+            return int(left / self.update), 0
+        prior = PRIOR_SHARE * left
+        return int((left - prior) / self.update), int(prior / self.prior_update)
+
+
 def steps_from_minutes(
     recipe: Recipe, images: Images, held_out: Images, *, elapsed: float, devices: Devices
 ) -> Recipe:
@@ -38,8 +54,32 @@ def steps_from_minutes(
     `elapsed` are the seconds that the command has taken so far. All processes have to call it
     together. Raises UserError if too little can be learned in that time.
     """
-    began = time.monotonic()
     print("measuring the speed of this machine …", flush=True)
+    speed = measure_speed(recipe, images, held_out, elapsed=elapsed, devices=devices)
+    steps, prior_steps = speed.updates_in(recipe.minutes or 0)
+    flow = speed.prior_update > 0
+    enough = min(steps, prior_steps if flow else steps) >= MIN_UPDATES
+    if not dev.broadcast(lambda: enough):
+        share = PRIOR_SHARE if flow else 0.0
+        needed = speed.fixed + MIN_UPDATES * max(
+            speed.update / (1 - share), speed.prior_update / (share or 1)
+        )
+        raise UserError(
+            f"--minutes {recipe.minutes:g} is too little to draw anything here: preparing, "
+            f"compiling and the pictures of the end take {format_duration(speed.fixed)}. Take "
+            f"--minutes {needed / 60 + 0.5:.0f} or more"
+        )
+    if not flow:
+        prior_steps = recipe.prior_steps
+    steps, prior_steps = dev.broadcast(lambda: [steps, prior_steps])
+    return replace(recipe, steps=steps, prior_steps=prior_steps)
+
+
+def measure_speed(
+    recipe: Recipe, images: Images, held_out: Images, *, elapsed: float, devices: Devices
+) -> Speed:
+    """Measure what a run takes; `elapsed` seconds of its command have passed, and count as well."""
+    began = time.monotonic()
     measured = plan.measure(recipe, devices=devices, updates=1000, repeats=REPEATS)
     validating, encoding = _seconds_an_image(recipe, images, devices=devices)
     flow = 0.0
@@ -48,24 +88,10 @@ def steps_from_minutes(
     ready = elapsed + time.monotonic() - began + measured.compile_seconds
     per_epoch = steps_per_epoch(len(images), recipe.batch_size)
     epoch = EPOCH_SECONDS + 2 * len(held_out) * validating
-    update = SLACK * measured.seconds + epoch / per_epoch
     end = END_SECONDS
     if recipe.prior != "normal":
         end += (len(images) * (1 + recipe.flip) + len(held_out)) * encoding
-    left = 60 * (recipe.minutes or 0) - ready - end
-    share = PRIOR_SHARE if recipe.prior == "flow" else 0.0
-    steps = int((1 - share) * left / update)
-    prior_steps = int(share * left / (SLACK * flow)) if flow else recipe.prior_steps
-    enough = min(steps, prior_steps if flow else steps) >= MIN_UPDATES
-    if not dev.broadcast(lambda: enough):
-        needed = ready + end + MIN_UPDATES * max(update / (1 - share), flow / (share or 1))
-        raise UserError(
-            f"--minutes {recipe.minutes:g} is too little to draw anything here: preparing, "
-            f"compiling and the pictures of the end take {format_duration(ready + end)}. Take "
-            f"--minutes {needed / 60 + 0.5:.0f} or more"
-        )
-    steps, prior_steps = dev.broadcast(lambda: [steps, prior_steps])
-    return replace(recipe, steps=steps, prior_steps=prior_steps)
+    return Speed(ready + end, SLACK * measured.seconds + epoch / per_epoch, SLACK * flow)
 
 
 def _seconds_an_image(recipe: Recipe, images: Images, *, devices: Devices) -> tuple[float, float]:

@@ -48,6 +48,9 @@ class RunFlags:
     max_ram: float | None = None  # GiB; a run that holds more saves itself and ends (none: any)
     accept_changed_data: bool = False  # go on although the images are no longer those of the start
     fresh: bool = False  # start anew; an old folder is kept under another name
+    # which folder of a file's path names the person, 1 the outermost (none: the first that not all
+    # images share; 0: none does)
+    person_depth: int | None = None
     dry_run: bool = False  # print the plan and write nothing
     allow_refused: bool = False  # go on although more than 5 % of the files are no usable image
 
@@ -154,6 +157,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("kl_weight", "beta", "gradient_weight", "l1_weight"), WEIGHT),
     **dict.fromkeys(("noise", "warmup_steps"), WEIGHT),
     **dict.fromkeys(("learning_rate", "checkpoint_minutes", "max_ram", "clip_norm"), POSITIVE),
+    "person_depth": (lambda value: value >= 0, "at least 0"),
     "minutes": POSITIVE,
     "ema_decay": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "seed": (lambda value: 0 <= value < 2**32 - 1, "from 0 to 4294967294"),
@@ -395,9 +399,13 @@ def differences(saved: RunSpec, present: RunSpec, *, without_data: bool = False)
     """List the fields in which two runs differ, as "model.size 64 → 128".
 
     The schedule does not count; `without_data` leaves out the images, and the updates that follow
-    from their number.
+    from their number. The digest of which image is in which split counts if both have one: a run of
+    an earlier version does not.
     """
     old, new = (_flat(_identity(spec, without_data=without_data)) for spec in (saved, present))
+    if not ("data.assignment" in old and "data.assignment" in new):
+        for flat in (old, new):
+            flat.pop("data.assignment", None)
     keys = sorted(old.keys() | new.keys())
     values = ((k, str(old.get(k)), str(new.get(k))) for k in keys if old.get(k) != new.get(k))
     return [f"{k[:60]} {before[:60]} → {after[:60]}" for k, before, after in values]

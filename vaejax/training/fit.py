@@ -2,13 +2,14 @@
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 from vaejax import terminal
+from vaejax.data import assignment
 from vaejax.data import batches as data
 from vaejax.data.faces import Crop, crop_from_flags
 from vaejax.data.labels import read_labels
@@ -65,6 +66,7 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
                 allow_refused=config.allow_refused,
                 crop=crop,
                 debug_sheet=config.debug_sheet,
+                person_depth=config.person_depth,
             )
         )
     )
@@ -74,12 +76,15 @@ def fit(name: str, config: Config, recipe: Recipe) -> Path | None:
     recipe = _with_labels(recipe, training, drawn=config.data is None)
     task = Task(name, config, source, Path(prepared))
     with ExitStack() as stack:
-        folder = Path(dev.broadcast(lambda: str(_open_folder(task, recipe, stack))))
+        folder, prepared = map(Path, dev.broadcast(lambda: _open_folder(task, recipe, stack)))
         if dev.is_first():
             stack.enter_context(terminal.copied_to(folder / "log.txt"))
+        task = task._replace(prepared=prepared)
+        images = len(data.Images(prepared, "train"))
         recipe = _with_length(task, recipe, folder, began=began, devices=devices)
         spec = _spec(task, recipe)
         dev.broadcast(lambda: _write_spec(folder, spec))
+        dev.broadcast(lambda: _remember(folder, prepared))
         length = plan.make_plan(recipe, images=images)
         terminal.say(plan.describe_plan(recipe, length, images=images))
         signals = stack.enter_context(SignalGuard().listening())
@@ -163,7 +168,9 @@ def _print_plan(
     task: Task, recipe: Recipe, *, crop: Crop | None, began: float, devices: Devices
 ) -> None:
     name, source = task.name, task.source
-    prepared, files = find_prepared(source, size=recipe.model.size, crop=crop)
+    prepared, files = find_prepared(
+        source, size=recipe.model.size, crop=crop, person_depth=task.config.person_depth
+    )
     if prepared is None:
         images = round(0.9 * files)
         print(f"{name}: {source}, {files:,} files that are not prepared yet; 90 % for training")
@@ -218,22 +225,40 @@ def _spec(task: Task, recipe: Recipe) -> RunSpec:
         prior_depth=recipe.prior_depth,
         labels=str(recipe.labels.absolute()) if recipe.labels else None,
     )
-    # the same images by person are split in another way
-    facts = {field: report[field] for field in ("fingerprint", "persons", "splits")}
+    facts = assignment.identity(report)
     return run_spec(task.name, config, recipe, data=facts, schedule=schedule)
 
 
-def _open_folder(task: Task, recipe: Recipe, stack: ExitStack) -> Path:
-    """Find or create the run's folder, and lock it until the stack is closed."""
-    config = task.config
+def _open_folder(task: Task, recipe: Recipe, stack: ExitStack) -> list[str]:
+    """Find or create the run's folder, and lock it until the stack is closed.
+
+    Returns it, and the set that the run reads: the prepared one, or a copy with its own splits.
+    """
+    config, prepared = task.config, task.prepared
+
+    def spec_in(folder: Path) -> RunSpec:
+        own = assignment.set_of_run(folder, prepared)
+        return _spec(task._replace(prepared=own), recipe)
+
     folder = run.choose_folder(
-        _spec(task, recipe),
+        task.name,
+        spec_in,
         out=config.out,
         fresh=config.fresh,
         accept_changed_data=config.accept_changed_data,
     )
     stack.enter_context(run.locked(folder))
-    return folder
+    before = None
+    with suppress(run.UnreadableSpec):  # there is none yet, or `choose_folder` has warned about it
+        saved = run.read_spec(folder)
+        if run.changed_data(saved, spec_in(folder)):
+            before = Path(saved.schedule.prepared)
+    return [str(folder), str(assignment.split_for_run(folder, prepared, before=before))]
+
+
+def _remember(folder: Path, prepared: Path) -> None:
+    with run.storage_errors(folder / assignment.FILE):
+        assignment.remember(folder, prepared)
 
 
 def _with_length(

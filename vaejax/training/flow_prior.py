@@ -107,6 +107,13 @@ def load(loaded: run.LoadedRun, *, steps: int, condition: str = "") -> FlowPrior
         raise CheckpointError(f"{error}. {again} anew") from None
 
 
+def attributes(loaded: run.LoadedRun) -> dict[str, list[str]]:
+    """Return the values of each attribute that a run's flow knows."""
+    spec = RunSpec.from_json(checkpoint.saved_spec(flow_folder(loaded.folder)))
+    latents = priors.latent_dimensions(loaded.model)
+    return _attributes(spec, flow.from_json(spec.model, latents=latents))
+
+
 def _attributes(spec: RunSpec, network: flow.FlowMLP) -> dict[str, list[str]]:
     """Return the values of each attribute that a flow knows. Raises ValueError if damaged."""
     found: Any = spec.data.get("attributes", {})

@@ -6,7 +6,7 @@ import shlex
 import socket
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,7 @@ FOLDERS = (
 )
 FLOW_FOLDERS = ("priors/flow", *(f"priors/flow/{name}" for name in FOLDERS))
 PICTURES = ("faces.png", "nearest.png", "curves.png")
-APPENDED = (LOCK, EVALUATION_LOCK, "metrics.jsonl", "priors/flow/metrics.jsonl")
+APPENDED = (LOCK, EVALUATION_LOCK, "metrics.jsonl", "log.txt", "priors/flow/metrics.jsonl")
 
 
 # Finding a run ------------------------------------------------------------------------------------
@@ -74,9 +74,16 @@ def find(run: str) -> Path:
 
 
 def choose_folder(
-    spec: RunSpec, *, out: Path | None, fresh: bool, accept_changed_data: bool
+    experiment: str,
+    spec_in: Callable[[Path], RunSpec],
+    *,
+    out: Path | None,
+    fresh: bool,
+    accept_changed_data: bool,
 ) -> Path:
-    """Return the folder of the run that a spec describes; it need not exist yet.
+    """Return the folder of the run that a command means; it need not exist yet.
+
+    `spec_in(folder)` describes that run, if it is the one in the folder: with its own splits.
 
     Without `out`: the newest `runs/NNNNN-experiment` with the same identity, else the next number.
     With it: that folder, unless another run lies there (UserError with the fields that differ).
@@ -84,14 +91,14 @@ def choose_folder(
     images have changed meanwhile, is the same one if that is accepted, and else a UserError.
     """
     if out is None:
-        readable = [] if fresh else list(_readable(spec.experiment))
-        same = [folder for folder, saved in readable if not differences(saved, spec)]
+        readable = [] if fresh else list(_readable(experiment))
+        same = [folder for folder, saved in readable if not differences(saved, spec_in(folder))]
         for folder, saved in reversed(readable if not same else []):
             unfinished = accept_changed_data or actual_status(folder) != "finished"
-            if unfinished and (diff := changed_data(saved, spec)):
+            if unfinished and (diff := changed_data(saved, spec_in(folder))):
                 _require_accepted(folder, diff, accepted=accept_changed_data)
                 return folder
-        return same[-1] if same else ROOT / f"{_next_number():05}-{spec.experiment}"
+        return same[-1] if same else ROOT / f"{_next_number():05}-{experiment}"
     refuse_running(out)
     if not _is_run(out):
         names = os.listdir(out) if out.exists() else []
@@ -100,7 +107,7 @@ def choose_folder(
             raise UserError(f"{out} is neither empty nor a run's folder: take another --out")
     elif fresh:
         _rename_aside(out)
-    elif diff := changed_data(saved := read_or_recover_spec(out), spec):
+    elif diff := changed_data(saved := read_or_recover_spec(out), spec := spec_in(out)):
         _require_accepted(out, diff, accepted=accept_changed_data)
     elif fields := differences(saved, spec):
         raise UserError(
@@ -145,7 +152,7 @@ def _require_accepted(folder: Path, diff: DatasetDiff, *, accepted: bool) -> Non
             f"{text}. --accept-changed-data goes on with them, --fresh starts anew; or put the "
             "images back as they were"
         )
-    print(f"{text}; going on with the present ones")
+    print(f"{text}; going on with the present ones, of which none changes its split")
 
 
 def _next_number() -> int:

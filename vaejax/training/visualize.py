@@ -12,7 +12,7 @@ import numpy as np
 from vaejax import generate, pictures, plots
 from vaejax.data.batches import Images
 from vaejax.errors import UserError
-from vaejax.files import write_text
+from vaejax.files import printable, write_text
 from vaejax.metrics import first_and_last, shown_in
 from vaejax.models import autoencoder
 from vaejax.models.autoencoder import Autoencoder
@@ -227,13 +227,15 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
     model, schedule = autoencoder.from_json(spec.model), spec.schedule
     shapes = jax.tree.leaves(autoencoder.latent_spec(model))
     latents = " and ".join("×".join(map(str, leaf.shape)) for leaf in shapes)
+    # a run that is finished may be a stranger's, and so may every text in its files
+    state, command, devices = (printable(status[n]) for n in ("status", "command", "devices"))
     lines = [
-        f"# {folder.name}: {status['status']}",
+        f"# {folder.name}: {state}",
         "",
         f"A {model.title} for faces of {model.size}×{model.size} pixels with {latents} latents, by "
-        f"the {schedule.recipe} recipe, on {schedule.images:,} training images: "
+        f"the {printable(schedule.recipe)} recipe, on {schedule.images:,} training images: "
         f"{schedule.updates:,} updates of {spec.batch_size} images. Seed {spec.seed}, on "
-        f"{status['devices']}.",
+        f"{devices}.",
         "",
         "| metric | first batch | last batch | held out | unit | what it is |",
         "|---|---|---|---|---|---|",
@@ -249,7 +251,7 @@ def write_readme(folder: Path, spec: RunSpec, status: Mapping[str, Any]) -> None
     lines += ["", _steps(columns), "", *_evaluation(folder), *shown, "", *_copies(folder, status)]
     lines += ["## Commands", "", "```"]
     lines += [
-        f"{status['command']}     # resumes, if it is not finished",
+        f"{command}     # resumes, if it is not finished",
         *commands(model, folder),
         "```",
         "",
@@ -268,7 +270,7 @@ def _evaluation(folder: Path) -> list[str]:
 
 def _copies(folder: Path, status: Mapping[str, Any]) -> list[str]:
     """Return the section on copies of training faces; empty before the end of a run."""
-    lines = copies.section(status.get("copies"))
+    lines = [printable(line) for line in copies.section(status.get("copies"))]
     if lines and (folder / "nearest.png").exists():
         title = "The samples that lie nearest to a training face, above those faces"
         lines += ["", f"![{title}](nearest.png)", "", f"*{title}*"]
