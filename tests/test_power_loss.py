@@ -108,6 +108,4 @@ def test_the_newest_whole_checkpoint_is_restored_or_the_one_before(tmp_path: Pat
 
 def test_without_flushes_checkpoints_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "fsync", lambda path: None)
-    outcomes = list(tried(tmp_path))
-    assert ("lost", True) in outcomes
-    assert "garbage" not in {outcome for outcome, _ in outcomes}
+    assert ("lost", True) in tried(tmp_path)

@@ -86,6 +86,13 @@ def test_a_run_that_leads_elsewhere_is_not_resumed(name: str, folder: Path, data
     assert snapshot(mine) == before
 
 
+def test_an_evaluation_is_not_written_elsewhere(folder: Path):
+    (folder / "evaluation").symlink_to(folder.parent / "mine")
+    with pytest.raises(UserError, match="evaluation in it is a link"), run.evaluating(folder):
+        pass
+    assert contents(folder.parent / "mine") == {"file": "mine"}
+
+
 def test_a_run_may_lie_behind_links(folder: Path, data: Path, capsys):
     elsewhere = folder.parent / "other disk"
     elsewhere.mkdir()
