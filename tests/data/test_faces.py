@@ -403,7 +403,7 @@ def write(path: Path, text: str) -> Path:
     ("cascade", "message"),
     [
         (lambda folder: folder / "none.xml", r"none\.xml does not exist"),
-        (lambda folder: folder, "is no file"),
+        (lambda folder: folder, "is not a regular file"),
         (lambda folder: write(folder / "a.xml", ""), r"a\.xml is no cascade"),
         (lambda folder: write(folder / "a.xml", "hello"), r"a\.xml is no cascade"),
         (

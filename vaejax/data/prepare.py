@@ -265,7 +265,7 @@ def _check_sheet(path: Path | None, *, outside: Iterable[Path]) -> None:
 
 def _check_free_space(partial: Path, job: _Job) -> None:
     files, size = len(job.files.entries), job.size
-    needed, free = 2 * files * size * size * 3, shutil.disk_usage(partial).free
+    needed, free = 3 * files * size * size * 3, shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(
             f"not enough room in {printable(partial.parent)}: to prepare {files:,} images at "

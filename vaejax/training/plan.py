@@ -188,7 +188,8 @@ def forecast(recipe: Recipe, plan: Plan, *, devices: Devices, keep: int, to_prep
     """
     model, measured = recipe.model, measure(recipe, devices=devices, updates=plan.updates)
     disk = disk_needed(recipe, plan, keep=keep, checkpoint=measured.checkpoint)
-    pixels = 2 * to_prepare * model.size**2 * model.channels  # twice, while they are being prepared
+    # three times while they are being prepared, twice afterwards
+    pixels = 3 * to_prepare * model.size**2 * model.channels
     where = "host" if on_cpu() else "device" if devices.count == 1 else "each device"
     return (
         f"memory   {format_bytes(measured.memory)} on the {where} for a step, "
