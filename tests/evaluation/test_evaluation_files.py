@@ -90,7 +90,9 @@ def test_an_evaluation_is_not_written_into_what_a_link_leads_to(
         (folder / name).symlink_to(mine)
     tables.write(folder, evaluation)
     assert mine.read_text() == "mine"
-    assert json.loads((folder / "evaluation.json").read_text()) == evaluation.json
+    content = read(folder)
+    del content["pictures"]
+    assert content == evaluation.json
 
 
 # Whatever happens while it is written
@@ -211,14 +213,3 @@ def test_one_evaluation_at_a_time_beside_training(folder: Path):
         commands.evaluate(commands.Evaluate(str(folder)))
     with run.evaluating(folder):
         pass
-
-
-def test_nothing_is_written_through_a_link_that_was_made_meanwhile(
-    folder: Path, evaluation: evaluate.Evaluation
-):
-    mine = (folder / "evaluation").rename(folder.parent / "mine")
-    (folder / "evaluation").symlink_to(mine)
-    before = sorted(mine.rglob("*"))
-    with pytest.raises(UserError, match="evaluation in it is a link"):
-        tables.write(folder, evaluation)
-    assert sorted(mine.rglob("*")) == before
