@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaejax import cli, commands, export, losses, pictures
+from vaejax import cli, commands, export, interrupt, losses, pictures
 from vaejax.data.prepare import prepare
 from vaejax.errors import UserError
 from vaejax.models.autoencoder import Autoencoder
@@ -99,7 +99,8 @@ def test_an_experiment_refuses_a_mistake_in_one_line(flags: list[str], tmp_path:
 
 INTERRUPTED = """
 import os, signal
-from vaejax import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from vaejax import cli, interrupt
 os.kill(os.getpid(), signal.SIGINT)
 from vaejax import losses
 """
@@ -113,7 +114,7 @@ def test_ctrl_c_while_a_program_is_imported_is_one_line(tmp_path: Path):
 
 
 def test_whoever_imports_the_command_line_otherwise_keeps_a_ctrl_c_as_it_is():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is not interrupt._stop
 
 
 def test_prepare_leaves_its_report_where_it_was_told(

@@ -96,12 +96,15 @@ def _attributes(prior: Any) -> dict[str, list[str]]:
 
 def _like(model: Autoencoder, prior: Any) -> dict[str, PyTree]:
     """Return the shapes of the arrays of a model and a described prior, or raise ValueError."""
-    params, batch_stats = jax.eval_shape(partial(autoencoder.init, model), jax.random.key(0))
+    params, batch_stats = jax.eval_shape(
+        partial(autoencoder.init, model), jax.random.key(0, impl="threefry2x32")
+    )
     d, own = latent_dimensions(model), {}
     match prior:
         case {"kind": "flow", "steps": int(steps), "network": network} if steps > 0:
             weights = jax.eval_shape(
-                partial(flow.init, flow.from_json(network, latents=d)), jax.random.key(0)
+                partial(flow.init, flow.from_json(network, latents=d)),
+                jax.random.key(0, impl="threefry2x32"),
             )
             own = dict(zip(("params", "batch_stats"), weights, strict=True))
         case {"kind": "mixture", "log_weights": [*components]}:
