@@ -291,7 +291,7 @@ def test_the_nearest_training_face_of_a_training_face_is_itself(
         (["interpolate", "variational", "3"], "1 faces for 1 walk: each needs two"),
         (["interpolate", "variational", "3", "x"], "neither a number"),
         (["interpolate", "variational", "3", "4", "--frames", "1"], "2 frames or more"),
-        (["interpolate", "variational", "3", "4", "--out", "a.jpg"], ".png, .mp4 or .gif"),
+        (["interpolate", "variational", "3", "4", "--out", "a.jpg"], ".png or .mp4 or .gif"),
         (["interpolate", "variational", "3", "4", "--grid", "2"], "as in 4x2"),
         (["interpolate", "variational", "3", "4", "--grid", "2x1"], "is of films"),
         (

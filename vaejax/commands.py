@@ -385,12 +385,13 @@ def refuse_no_image(paths: Sequence[Path]) -> None:
         raise UserError("no image was named: name one or more after the run")
 
 
-def refuse_no_picture(path: Path) -> None:
-    """UserError unless a PNG can be written there."""
+def refuse_no_picture(path: Path, *, kinds: Sequence[str] = (".png",)) -> None:
+    """Raise UserError unless a picture, or a film of these kinds, can be written there."""
     from vaejax.training.run import refuse_unwritable
 
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
+    if path.suffix.lower() not in kinds:
+        what = "the picture is a PNG, its" if len(kinds) == 1 else "its"
+        raise UserError(f"--out {path}: {what} name must end in {' or '.join(kinds)}")
     if os.path.isdir(path):
         raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
     refuse_unwritable(path.parent)

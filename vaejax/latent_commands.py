@@ -116,7 +116,7 @@ def interpolate(command: Interpolate) -> None:
         positions = (np.arange(pairs)[:, None] + np.linspace(0, 1, frames)).reshape(-1)
         faces = _decode(loaded, to_vectors(along(stops, positions)))
         pictures.save_png(command.out, pictures.grid(faces, columns=frames))
-        print(f"{pairs} rows of {frames} faces, {words}: {command.out}")
+        print(f"{frames} faces from a face to the next one, {words}: {command.out}")
         return
     walks = stops.reshape(columns * rows, -1, stops.shape[1])
     frames = command.frames or FILM_FRAMES * walks.shape[1]
@@ -168,7 +168,7 @@ def _seeds_to_walk(command: Interpolate) -> list[int]:
 def _refuse_no_walk(command: Interpolate, *, stops: int, cells: int) -> None:
     """Raise UserError for a walk that cannot be drawn as it is described."""
     require_counts(command, "frames")
-    _refuse_no_picture_or_film(command.out)
+    refuse_no_picture(command.out, kinds=(".png", *FILM_WIDTHS))
     is_film = command.out.suffix.lower() in FILM_WIDTHS
     if cells > 1 and not is_film:
         raise UserError(f"--grid {command.grid} is of films: --out {command.out} is a strip")
@@ -194,13 +194,6 @@ def _parse_grid(text: str) -> tuple[int, int]:
     return columns, rows
 
 
-def _refuse_no_picture_or_film(path: Path) -> None:
-    if path.suffix.lower() not in (".png", *FILM_WIDTHS):
-        raise UserError(f"--out {path}: its name must end in .png, .mp4 or .gif")
-    # the same rules for the folder and for what lies there
-    refuse_no_picture(path if path.suffix.lower() not in FILM_WIDTHS else path.with_suffix(".png"))
-
-
 def _space(
     loaded: Any, command: Interpolate, seeds: Sequence[int]
 ) -> tuple[Any, Callable[[Any], Any], str]:
@@ -213,22 +206,20 @@ def _space(
     import numpy as np
 
     from vaejax.priors import NoisePrior, flatten_latents
-
-    prior = _prior(loaded, command.prior, optional=not seeds)
-    if isinstance(prior, NoisePrior):
-        known = prior.noise(seeds) if seeds else prior.to_noise(_unravel(loaded, _encode_files(
-            loaded, command.images)))  # fmt: skip
-        words = f"in the noise of the {prior.name} prior"
-        return (
-            np.asarray(known),
-            lambda noise: np.asarray(flatten_latents(prior.from_noise(jnp.asarray(noise)))),
-            words,
-        )
     from vaejax.training import directions
 
-    mean = directions.components(loaded).mean
-    z = _latents(loaded, prior, seeds) if seeds else _encode_files(loaded, command.images)
-    return z - mean, lambda away: away + mean, "in z, around the mean of the training faces"
+    prior = _prior(loaded, command.prior, optional=not seeds)
+    encoded = None if seeds else _encode_files(loaded, command.images)
+    if not isinstance(prior, NoisePrior):
+        mean = directions.components(loaded).mean
+        z = _latents(loaded, prior, seeds) if encoded is None else encoded
+        return z - mean, lambda away: away + mean, "in z, around the mean of the training faces"
+    noise = prior.noise(seeds) if encoded is None else prior.to_noise(_unravel(loaded, encoded))
+
+    def to_vectors(points: Any) -> Any:
+        return np.asarray(flatten_latents(prior.from_noise(jnp.asarray(points))))
+
+    return np.asarray(noise), to_vectors, f"in the noise of the {prior.name} prior"
 
 
 # Traverse -----------------------------------------------------------------------------------------
