@@ -444,7 +444,7 @@ def print_lines(lines: Sequence[str]) -> None:
     """Print lines that hold texts from files, which may be a stranger's."""
     from vaejax.files import printable
 
-    for line in "\n".join(lines).split("\n"):
+    for line in lines:
         print(printable(line))
 
 
@@ -456,12 +456,16 @@ def refuse_output_of(path: Path, loaded) -> None:
     refuse_output(path, inputs=[schedule.source, schedule.prepared])
 
 
-def refuse_no_picture(path: Path, *, inputs: Sequence[Path] = ()) -> None:
-    """Raise UserError unless a PNG can be written there, which is not one of the inputs."""
+def refuse_no_picture(
+    path: Path, *, inputs: Sequence[Path] = (), kinds: Sequence[str] = (".png",)
+) -> None:
+    """Raise UserError unless a picture, or a film of these kinds, can be written there, and is not
+    one of the inputs."""
     from vaejax.training.run import refuse_output, refuse_unwritable
 
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path}: the picture is a PNG, its name must end in .png")
+    if path.suffix.lower() not in kinds:
+        what = "the picture is a PNG, its" if len(kinds) == 1 else "its"
+        raise UserError(f"--out {path}: {what} name must end in {' or '.join(kinds)}")
     if os.path.isdir(path):
         raise UserError(f"--out {path} is a folder: name a file in it, such as faces.png")
     refuse_unwritable(path.parent)

@@ -13,6 +13,7 @@ from vaejax.commands import (
     parse_seeds,
     read_images,
     refuse_no_picture,
+    refuse_output_of,
     require_counts,
 )
 from vaejax.errors import UserError
@@ -110,13 +111,14 @@ def interpolate(command: Interpolate) -> None:
     from vaejax.latent import along
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     stops, to_vectors, words = _space(loaded, command, seeds)
     if not is_film:
         frames, pairs = command.frames or FRAMES, len(stops) - 1
         positions = (np.arange(pairs)[:, None] + np.linspace(0, 1, frames)).reshape(-1)
         faces = _decode(loaded, to_vectors(along(stops, positions)))
         pictures.save_png(command.out, pictures.grid(faces, columns=frames))
-        print(f"{pairs} rows of {frames} faces, {words}: {command.out}")
+        print(f"{frames} faces from a face to the next one, {words}: {command.out}")
         return
     walks = stops.reshape(columns * rows, -1, stops.shape[1])
     frames = command.frames or FILM_FRAMES * walks.shape[1]
@@ -168,7 +170,7 @@ def _seeds_to_walk(command: Interpolate) -> list[int]:
 def _refuse_no_walk(command: Interpolate, *, stops: int, cells: int) -> None:
     """Raise UserError for a walk that cannot be drawn as it is described."""
     require_counts(command, "frames")
-    _refuse_no_picture_or_film(command.out)
+    refuse_no_picture(command.out, inputs=command.images, kinds=(".png", *FILM_WIDTHS))
     is_film = command.out.suffix.lower() in FILM_WIDTHS
     if cells > 1 and not is_film:
         raise UserError(f"--grid {command.grid} is of films: --out {command.out} is a strip")
@@ -194,13 +196,6 @@ def _parse_grid(text: str) -> tuple[int, int]:
     return columns, rows
 
 
-def _refuse_no_picture_or_film(path: Path) -> None:
-    if path.suffix.lower() not in (".png", *FILM_WIDTHS):
-        raise UserError(f"--out {path}: its name must end in .png, .mp4 or .gif")
-    # the same rules for the folder and for what lies there
-    refuse_no_picture(path if path.suffix.lower() not in FILM_WIDTHS else path.with_suffix(".png"))
-
-
 def _space(
     loaded: Any, command: Interpolate, seeds: Sequence[int]
 ) -> tuple[Any, Callable[[Any], Any], str]:
@@ -213,22 +208,20 @@ def _space(
     import numpy as np
 
     from vaejax.priors import NoisePrior, flatten_latents
-
-    prior = _prior(loaded, command.prior, optional=not seeds)
-    if isinstance(prior, NoisePrior):
-        known = prior.noise(seeds) if seeds else prior.to_noise(_unravel(loaded, _encode_files(
-            loaded, command.images)))  # fmt: skip
-        words = f"in the noise of the {prior.name} prior"
-        return (
-            np.asarray(known),
-            lambda noise: np.asarray(flatten_latents(prior.from_noise(jnp.asarray(noise)))),
-            words,
-        )
     from vaejax.training import directions
 
-    mean = directions.components(loaded).mean
-    z = _latents(loaded, prior, seeds) if seeds else _encode_files(loaded, command.images)
-    return z - mean, lambda away: away + mean, "in z, around the mean of the training faces"
+    prior = _prior(loaded, command.prior, optional=not seeds)
+    encoded = None if seeds else _encode_files(loaded, command.images)
+    if not isinstance(prior, NoisePrior):
+        mean = directions.components(loaded).mean
+        z = _latents(loaded, prior, seeds) if encoded is None else encoded
+        return z - mean, lambda away: away + mean, "in z, around the mean of the training faces"
+    noise = prior.noise(seeds) if encoded is None else prior.to_noise(_unravel(loaded, encoded))
+
+    def to_vectors(points: Any) -> Any:
+        return np.asarray(flatten_latents(prior.from_noise(jnp.asarray(points))))
+
+    return np.asarray(noise), to_vectors, f"in the noise of the {prior.name} prior"
 
 
 # Traverse -----------------------------------------------------------------------------------------
@@ -247,6 +240,7 @@ def traverse(command: Traverse) -> None:
     from vaejax.training import directions
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     components = directions.components(loaded)
     start = components.mean[None]
     if command.image is not None:
@@ -315,13 +309,14 @@ def edit(command: Edit) -> None:
     if not command.changes:
         raise UserError("nothing to change: name it with --set glasses=+2 or --set hair=blue")
     seeds = parse_seeds(command.seeds) if command.seeds else []
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     import numpy as np
 
     from vaejax import pictures
     from vaejax.training import directions
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     images = read_images(command.images, size=loaded.model.size) if command.images else None
     found = directions.load(loaded)
     moves = [_parse_change(change, found) for change in command.changes]
@@ -351,8 +346,12 @@ def _parse_change(text: str, found: "Directions") -> Callable[[Any], Any]:
     rows, encoded = found.rows(name), found.encoded()
     names = _names(found)
     if not rows:
-        known = ", ".join(n for n, good in zip(names, encoded, strict=True) if good)
-        raise UserError(f"--set {text}: there is no attribute {name!r}, but {known or 'none'}")
+        known = "; ".join(
+            f"{attribute}={'|'.join(found.values[i] for i in found.rows(attribute) if encoded[i])}"
+            for attribute in dict.fromkeys(found.attributes)
+            if encoded[found.rows(attribute)].any()
+        )
+        raise UserError(f"--set {text}: there is {known or 'no attribute in these latents'}")
     row = next((i for i in rows if found.values[i] == value), None)
     number = None
     if row is None and re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", value):
@@ -382,13 +381,14 @@ def show_nearest(command: ShowNearest) -> None:
     if command.images and command.seeds:
         raise UserError("name the faces in one way: files after the run, or --seeds 0-9")
     seeds = parse_seeds(command.seeds or "0-9") if not command.images else []
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=command.images)
     import numpy as np
 
     from vaejax import pictures
     from vaejax.data.batches import Images
 
     loaded = load(command.run)
+    refuse_output_of(command.out, loaded)
     if command.images:
         faces = read_images(command.images, size=loaded.model.size)
         names = [path.name for path in command.images]

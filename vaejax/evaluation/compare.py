@@ -159,7 +159,7 @@ def to_text(
         starred = [_star(row, evaluations) for row in cells]
         rows = [row[:-1] for row in [head, *starred]]
         lines += ["", title, *terminal.table(rows, left=(0,), columns=columns)]
-    return [*lines, "", *terminal.wrap("\n".join(remarks), columns).splitlines()]
+    return [*lines, "", *terminal.wrap("\n".join(map(printable, remarks)), columns).splitlines()]
 
 
 def _star(row: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from vaejax import pictures, plots, terminal
 from vaejax.errors import StorageError, VaejaxError
 from vaejax.evaluation.evaluate import FACES_IN_ROW, Evaluation, Pictures
 from vaejax.evaluation.set_metrics import SETS, metric_of_set
-from vaejax.files import atomic, atomic_folder, fsync, json_text, write_text
+from vaejax.files import atomic, atomic_folder, fsync, json_text, printable, write_text
 from vaejax.metrics import MEMORIZATION, METRICS, MISSING, Direction, Metric, format_estimate
 from vaejax.metrics import SETS as SETS_GROUP
 from vaejax.system import format_bytes, format_duration
@@ -110,7 +110,8 @@ def to_text(evaluation: Mapping[str, Any], columns: int | None = None) -> list[s
         heads = _two_lines(table.head) if has_head else []
         rows = terminal.table([*heads, *table.rows], left=(0, -3, -2, -1), columns=columns)
         lines += ["", table.title, *rows]
-    wrapped = terminal.wrap("\n".join(notes(evaluation)), columns).splitlines()
+    words = "\n".join(map(printable, notes(evaluation)))
+    wrapped = terminal.wrap(words, columns).splitlines()
     return [*lines, "", *wrapped]
 
 
