@@ -230,7 +230,7 @@ def _space(
 def traverse(command: Traverse) -> None:
     """Write a sheet of what the principal components change."""
     require_counts(command, "directions")
-    refuse_no_picture(command.out)
+    refuse_no_picture(command.out, inputs=[command.image] if command.image else [])
     if command.seed is not None and command.image is not None:
         raise UserError("--seed and --image: of which face? Name one of them")
     seeds = [] if command.seed is None else parse_seeds(str(command.seed))

@@ -106,13 +106,17 @@ class InMemory(Images):
     """The images of a split that lies in memory."""
 
     def __init__(self, images: np.ndarray):
-        self._images = images
+        self._images, self.shape = images, images.shape[1:]
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return self._images[indices]
+    def read(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        images = self._images[indices]
+        if out is None:
+            return images
+        out[:] = images
+        return out
 
 
 def test_the_likelihood_is_fitted_to_the_images_and_not_to_the_padding(monkeypatch):
