@@ -86,7 +86,7 @@ def test_sigma_vae_trains_and_has_no_weight(experiment, faces: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--epochs", "0"], "--epochs 0: must be from 1 to"),
         (["--norm", "best"], "--norm"),
         (["--data", "nowhere"], "nowhere"),
         (["--objective", "calibrated"], r"--objective is called --loss mse_kl\|sigma_vae now"),
