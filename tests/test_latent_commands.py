@@ -310,7 +310,7 @@ def test_the_nearest_training_face_of_a_training_face_is_itself(
         (["directions", "variational"], "trained without labels"),
         (["edit", "variational", "--set", "bright=+2"], "in one way"),
         (["edit", "variational", "--seed", "3"], "nothing to change"),
-        (["edit", "deterministic", "IMAGE", "--set", "age=+2"], "no attribute 'age', but brig"),
+        (["edit", "deterministic", "IMAGE", "--set", "age=+2"], "age=+2: there is bright=no|yes"),
         (["edit", "variational", "--seed", "3", "--set", "bright=ye"], "bright is no, yes or a nu"),
         (["edit", "variational", "--seed", "3", "--set", "day=tu"], "do not have day=tu (AUC"),
         (["nearest", "variational", "a.png", "--seeds", "3"], "in one way"),

@@ -342,8 +342,12 @@ def _parse_change(text: str, found: "Directions") -> Callable[[Any], Any]:
     rows, encoded = found.rows(name), found.encoded()
     names = _names(found)
     if not rows:
-        known = ", ".join(n for n, good in zip(names, encoded, strict=True) if good)
-        raise UserError(f"--set {text}: there is no attribute {name!r}, but {known or 'none'}")
+        known = "; ".join(
+            f"{attribute}={'|'.join(found.values[i] for i in found.rows(attribute) if encoded[i])}"
+            for attribute in dict.fromkeys(found.attributes)
+            if encoded[found.rows(attribute)].any()
+        )
+        raise UserError(f"--set {text}: there is {known or 'no attribute in these latents'}")
     row = next((i for i in rows if found.values[i] == value), None)
     number = None
     if row is None and re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", value):
