@@ -208,16 +208,16 @@ def test_a_finished_run_goes_on_with_changed_images_where_that_is_accepted(
     assert checkpoint.steps(tmp_path / "runs" / "00000-tiny") == [2, 3]
 
 
-def test_records_that_are_damaged_under_a_run_stop_it_with_their_name(
+def test_pixels_that_are_damaged_under_a_run_stop_it_with_their_name(
     data: Path, complete_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     prepared, out = Path(shutil.copytree(data, tmp_path / "set")), tmp_path / "run"
     kept = Path(shutil.copytree(data, tmp_path / "kept"))
 
     def act() -> None:
-        for path in (prepared / "records").iterdir():
-            if "array_record" in path.name:
-                path.write_bytes(b"\0" * path.stat().st_size)
+        for path in (prepared / "pixels").iterdir():
+            with path.open("r+b") as file:
+                file.write(b"\0" * path.stat().st_size)
 
     with monkeypatch.context() as fault:
         at_the_end_of_the_first_epoch(fault, act)
