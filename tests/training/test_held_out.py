@@ -19,7 +19,7 @@ from vaejax.training.finish import Options
 def leave_at_once(options: Options) -> None:
     """A run that is stopped before its first update."""
     run.write_spec(options.folder, options.spec)
-    status = run.initial_status(options.spec, devices="", before={})
+    status = run.initial_status(options.spec, environment={"devices": ""}, before={})
     run.write_status(options.folder, status, status="stopped")
 
 
